@@ -1,0 +1,860 @@
+"""Everything around the networks, shared by the training scripts.
+
+In order: errors and files, flags, devices, images, networks, pictures, and the run that ties them
+together. No network, loss or update rule is here: those are in the train_*.py.
+"""
+
+import argparse
+import configparser
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+
+# ------------------------------------------------------------------------------ errors and files
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message says how. Command lines print it and exit with 2."""
+
+
+@contextlib.contextmanager
+def exit_codes():
+    """Turn what the user can mend into one line and exit code 2, and a stop into exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of memory: lower --batch_size or --width"
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path` that takes its place once it is safely on disk.
+
+    Whatever interrupts the block, `path` holds its old content or the new one, never a part.
+    """
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_file(path):
+    """Read a checkpoint or snapshot onto the CPU: tensors and plain types, never objects."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles on
+        reason = str(error).partition("\n")[0][:100]
+        raise UserError(f"{path} is damaged or no file of these scripts ({reason})") from None
+    needed = {"script", "generator_args", "z", "config", "G_ema"}
+    if not isinstance(content, dict) or not needed <= content.keys():
+        raise UserError(f"{path} is neither a checkpoint nor a snapshot")
+    return content
+
+
+def newest_run(pattern="*"):
+    """The folder under runs/ whose checkpoint was written last."""
+    checkpoints = list(Path("runs").glob(f"{pattern}/checkpoint.pt"))
+    if not checkpoints:
+        raise UserError(f"there is no run in runs/{pattern}: train one first, or name its folder")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+
+
+class ProgressLine:
+    """A line rewritten in place on a terminal; elsewhere a plain line every 15 seconds."""
+
+    shown = -math.inf
+
+    def show(self, text, last=False):
+        if sys.stdout.isatty():
+            width = os.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{text[:width]}", end="\n" if last else "", flush=True)
+        elif last or time.monotonic() > self.shown + 15:
+            self.shown = time.monotonic()
+            print(text, flush=True)
+
+
+# ----------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def bounded(kind, low, high=math.inf):
+    """An argparse type: an int or float in [low, high]."""
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        limits = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not an {kind.__name__} {limits}")
+
+    return convert
+
+
+AUGMENT = ("colour", "translation", "cutout")
+
+
+def augment_policy(text):
+    """An argparse type: a list out of AUGMENT, or "none", or "auto"."""
+    if text in ("auto", "none") or set(text.split(",")) <= set(AUGMENT):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or some of {','.join(AUGMENT)}")
+
+
+def run_parser(script, manual, epochs):
+    """A parser with the flags that all training scripts share; `script` is the caller's file."""
+    parser = Parser(
+        prog=Path(script).name,
+        description=manual,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
+    add("--dataset", choices=["glyphs"], help="built-in data instead; the default without --path")
+    add("--image_size", type=bounded(int, 1), help="pixels of a side, after a centre crop")
+    add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
+    add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
+    add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
+    add("--batch_size", type=bounded(int, 2), default=64, help="real images in one update of D")
+    add("--ema", type=bounded(float, 0, 1), default=0.999, help="decay of the averaged generator")
+    add("--augment", type=augment_policy, default="auto", help="DiffAugment, see AUGMENT in common")
+    add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
+    add("--compile", action=switch, default=False, help="torch.compile: slow start, faster steps")
+    add("--checkpoint", type=bounded(int, 1), default=10, help="epochs between snapshots of G")
+    add("--sample_every", type=bounded(int, 1), default=1, help="epochs between sample grids")
+    add("--out", help="the run's folder; default runs/<variant>-<data>")
+    add("--resume", nargs="?", const="newest", help="run to continue; alone: the newest")
+    add("--config", help="a run's config.ini to repeat; flags typed beside it win")
+    add("--cache", default=".cache", help="folder for the decoded images")
+    add("--summary", action=switch, default=False, help="show the networks' layers and stop")
+    return parser
+
+
+def settings_of(args):
+    """The settings of an experiment: every flag but those of one start of it."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "config", "summary")}
+
+
+MAY_CHANGE = ("epochs", "path", "device", "compile", "checkpoint", "sample_every", "cache")
+
+
+def parse_flags(parser, argv):
+    """Parse; the settings of --config or of the run to --resume go before what was typed."""
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args([*read_ini(args.config, parser), *argv])
+    if args.resume:
+        if args.out or args.config:
+            raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
+        script = Path(parser.prog).stem
+        newest = args.resume == "newest"
+        folder = newest_run(f"{variant_of(script)}-*") if newest else Path(args.resume)
+        run = load_file(folder / "checkpoint.pt")
+        if run["script"] != script:
+            raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
+        args = parser.parse_args([*as_argv(run["config"]), *argv])
+        args.resume = folder
+        for name, value in run["config"].items():
+            if name not in MAY_CHANGE and getattr(args, name) != value:
+                raise UserError(f"--{name} is {value} in {folder} and cannot change on --resume")
+    if args.path and args.dataset:
+        raise UserError("--path and --dataset both name the data: omit one of them")
+    return args
+
+
+def as_argv(settings):
+    """Settings as typed flags: {"flip": True, "lrd": 0.1} -> ["--flip", "--lrd=0.1"]."""
+    argv = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+def read_ini(path, parser):
+    """The settings of an INI file as flags; an unknown name or a wrong value is a UserError."""
+    ini = configparser.ConfigParser(interpolation=None, delimiters="=")
+    settings, known = {}, settings_of(parser.parse_args([]))
+    try:
+        ini.read_string(Path(path).read_text(encoding="utf-8"))
+        for name, text in itertools.chain(*(ini[section].items() for section in ini.sections())):
+            if name not in known:
+                raise UserError(f"unknown setting {name!r} (known: {', '.join(known)})")
+            settings[name] = text
+            with contextlib.suppress(json.JSONDecodeError):  # written by hand, without quotes
+                settings[name] = json.loads(text)
+        parser.parse_args(as_argv(settings))
+    except (OSError, ValueError, configparser.Error) as error:
+        raise UserError(f"--config {path}: {error}".partition("\n")[0]) from None
+    return as_argv(settings)
+
+
+# --------------------------------------------------------------------------------------- devices
+
+
+def choose_device(name):
+    """The torch.device of --device; "auto" prefers an accelerator."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not available here: try cpu") from None
+    return device
+
+
+def setup(args):
+    """Choose device and precision (which goes back into `args`), seed; returns the device."""
+    device = choose_device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    if args.precision == "auto":  # bf16 where the hardware multiplies in it
+        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if fast else "fp32"
+    torch.manual_seed(mixed(args.seed, "init"))
+    return device
+
+
+def mixed(*key):
+    """One 63-bit seed out of several numbers and words, so that their streams are independent."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------- images
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def load_data(args):
+    """The images that the flags name, uint8 (N, H, W, C); settles --augment auto."""
+    if args.path:
+        images = load_images(args.path, args.image_size, args.channels, args.cache)
+    else:
+        images = draw_glyphs(args.image_size, channels=1 if args.channels == "1" else 3)
+    if args.augment == "auto":
+        args.augment = ",".join(AUGMENT) if len(images) < 5000 else "none"
+    return images
+
+
+def load_images(path, image_size, channels="auto", cache=".cache"):
+    """Decode a folder or .zip once; returns a memory-mapped uint8 (N, H, W, C) array.
+
+    Images are cropped to their central square and resized to `image_size`. `channels` is "1", "3"
+    or "auto": 1 if all files are grey. The result stays in `cache` while files and settings stay
+    the same. Undecodable files are skipped and listed; UserError if nothing is left.
+    """
+    path = Path(path)
+    files, open_image = image_files(path)
+    key = hashlib.sha256(repr((files, image_size, channels)).encode()).hexdigest()[:12]
+    cached = Path(cache, f"{path.resolve().stem}-{image_size}px-{key}.npy")
+    images = open_cached(cached)
+    if images is None:
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            decode_all([name for name, *_ in files], open_image, image_size, channels, cached)
+        except OSError as error:
+            raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
+        images = open_cached(cached)
+    listed = f"listed with the reasons in {cached.with_suffix('.txt')}"
+    if not len(images):
+        raise UserError(f"none of the {len(files)} images in {path} can be decoded, {listed}")
+    if skipped := len(files) - len(images):
+        print(f"{skipped:,} of {len(files):,} files cannot be decoded and are skipped, {listed}")
+    megabytes = f"{images.nbytes / 1e6:,.0f} MB in {cached}"
+    print(f"{len(images):,} images of {path}, {images.shape[1:]} each, {megabytes}", flush=True)
+    return images
+
+
+def image_files(path):
+    """The images of a folder or .zip, sorted, as (name, size, time or checksum), and an opener."""
+    if path.is_dir():
+        files = []
+        for folder, subfolders, names in os.walk(path):
+            if "checkpoint.pt" in names:  # a run: its sample grids are no data
+                names = subfolders[:] = []
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for file in (os.path.join(folder, name) for name in names if name[0] != "."):
+                if file.lower().endswith(ENDINGS):
+                    files.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
+        open_image = functools.partial(open, mode="rb")
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        files = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
+        files = [file for file in files if file[0].lower().endswith(ENDINGS)]
+        open_image = lambda name: io.BytesIO(archive.read(name))
+    else:
+        state = "is neither a folder nor a .zip" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}: pass --path FOLDER")
+    if not files:
+        searched = f"{' '.join(ENDINGS)}, also in subfolders that are no run"
+        raise UserError(f"no images in {path} (looked for {searched}): pass --path FOLDER")
+    return sorted(files), open_image
+
+
+def open_cached(path):
+    """The array in a cache file; None if there is none or it is shorter than it says."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def decode_all(names, open_image, image_size, channels, cached):
+    """Decode files in threads, in order, into the .npy `cached`; failures go into a .txt."""
+
+    def attempt(work, name):
+        try:
+            with open_image(name) as file:
+                return work(file), None
+        except Exception as error:  # decoders raise anything at all on damaged files
+            return None, f"{name}: {str(error) or type(error).__name__}\n"
+
+    def write_header():  # padded by numpy for any first axis, so that it can be written again
+        shape = (count, image_size, image_size, channels)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    if channels == "auto":
+        modes = (attempt(lambda file: Image.open(file).mode, name)[0] for name in names)
+        channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
+    count, transparent, errors, line = 0, 0, [], ProgressLine()
+    work = functools.partial(decode, image_size=image_size, channels=int(channels))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, replacing(cached) as temporary:
+        with temporary.open("wb") as file:
+            write_header()
+            for part in (names[i : i + 512] for i in range(0, len(names), 512)):
+                for result, error in pool.map(functools.partial(attempt, work), part):
+                    if error:
+                        errors.append(error)
+                        continue
+                    file.write(np.ascontiguousarray(result[0]))
+                    count, transparent = count + 1, transparent + result[1]
+                done = count + len(errors)
+                line.show(f"decoding: {done:,} of {len(names):,}", last=done == len(names))
+            file.seek(0)
+            write_header()
+        cached.with_suffix(".txt").write_text("".join(errors), encoding="utf-8")
+    if transparent:
+        print(f"{transparent:,} images have transparency: laid on white")
+
+
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+
+
+def decode(file, image_size=None, channels=3):
+    """Decode an image file; returns uint8 (H, W, channels) and whether it was transparent.
+
+    EXIF orientation is applied, 16-bit grey is scaled, transparency is laid on white, of an
+    animation the first frame counts. With `image_size`: its central square, resized.
+    """
+    image = Image.open(file)
+    if image_size:
+        image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode photographs small
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+        values = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    transparent = image.has_transparency_data
+    if transparent:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image_size:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image.height, image.width, channels), transparent
+
+
+GLYPHS = "ABCDEFGHJKLMNPRSTUVWXYZ2345678"  # no look-alikes of others: 0 1 9 I O Q
+
+
+def draw_glyphs(image_size, channels=3, n=6400, seed=0):
+    """n coloured characters in Pillow's own font, uint8 (n, image_size, image_size, channels)."""
+    rng = np.random.default_rng(seed)
+    side = 3 * image_size  # drawn large, turned, then reduced: smooth edges
+    fonts = [ImageFont.load_default(side * share) for share in (0.7, 0.8, 0.9)]
+    images = []
+    for _ in range(n):
+        mask, place = Image.new("L", (side, side)), side * rng.uniform(0.42, 0.58, 2)
+        font, glyph = fonts[rng.integers(3)], GLYPHS[rng.integers(len(GLYPHS))]
+        style = {"font": font, "anchor": "mm", "stroke_width": side // 40}
+        ImageDraw.Draw(mask).text(tuple(place), glyph, 255, **style)
+        mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
+        hue = rng.integers(360)
+        image = Image.new("RGB", mask.size, f"hsl({hue}, 60%, 85%)")
+        image.paste(f"hsl({hue + rng.integers(60, 300)}, 80%, 30%)", mask=mask)
+        images.append(np.asarray(image.convert("L" if channels == 1 else "RGB")))
+    return np.stack(images).reshape(n, image_size, image_size, channels)
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+def prepare(net, device, args):
+    """Place a network: channels_last; its forward pass in bf16 or compiled, where asked for.
+
+    Parameters stay float32. Outside the forward pass, so in the losses, nothing is in bf16.
+    """
+    net.to(device, memory_format=torch.channels_last)
+    if args.precision == "bf16":
+        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def init_weights(net, init="normal"):
+    """Weights from N(0, 0.02), BatchNorm's from N(1, 0.02) (Radford et al., 2015), or Xavier's."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            if init == "normal":
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and init == "normal":
+            nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def update_ema(G_ema, G, step, decay):
+    """Move the averaged generator towards G, faster in the first steps; `step` counts from 0."""
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average(list(G_ema.parameters()), list(G.parameters()), step)
+
+
+def draw_z(z, n, device="cpu", generator=None):
+    """n latents (n, dim); `z` says how: {"dim": 100, "distribution": "normal" or "uniform"}."""
+    draw = torch.rand if z["distribution"] == "uniform" else torch.randn
+    noise = draw(n, z["dim"], device=device, generator=generator)
+    return noise * 2 - 1 if z["distribution"] == "uniform" else noise
+
+
+def latents(z, seed, numbers):
+    """The latents of the images with these numbers, each from (seed, number) alone; on the CPU."""
+    source = torch.Generator()
+    seeds = [mixed(seed, "image", number) for number in numbers]
+    return torch.cat([draw_z(z, 1, generator=source.manual_seed(seed)) for seed in seeds])
+
+
+CHUNK = 64  # images generated at once; always as many, since rounding may depend on it
+
+
+@torch.no_grad()
+def generate(G, latents):
+    """Images uint8 (n, H, W, C) of latents (n, z_dim); each the same whatever is beside it."""
+    device = next(G.parameters()).device
+    images = []
+    for z in latents.split(CHUNK):
+        padded = F.pad(z, (0, 0, 0, CHUNK - len(z)))
+        images.append(to_uint8(G(padded.to(device))[: len(z)]))
+    return np.concatenate(images)
+
+
+def augment(images, policy):
+    """DiffAugment (Zhao et al., 2020, arXiv:2006.10738) of (N, C, H, W), see AUGMENT."""
+
+    def rand(*shape):
+        return torch.rand(len(images), *shape, device=images.device)
+
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device)[:, None]
+    columns = torch.arange(width, device=images.device)
+    if "colour" in policy:
+        images = images + rand(1, 1, 1) - 0.5  # brightness
+        grey = images.mean(1, keepdim=True)
+        images = (images - grey) * (2 * rand(1, 1, 1)) + grey  # saturation
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * (rand(1, 1, 1) + 0.5) + mean  # contrast
+    if "translation" in policy:  # by up to 1/8; products with shifted identities bring in zeros
+        down = ((rand(1, 1) * 2 - 1) * height / 8).round()
+        right = ((rand(1, 1) * 2 - 1) * width / 8).round()
+        move_rows = (rows - rows.T == down).to(images.dtype)  # (N, H, H)
+        move_columns = (columns - columns[:, None] == right).to(images.dtype)  # (N, W, W)
+        images = move_rows[:, None] @ images @ move_columns[:, None]
+    if "cutout" in policy:  # a square hole of half the side, centred anywhere
+        top, left = rand(1, 1) * height, rand(1, 1) * width
+        hole = ((rows - top).abs() < height / 4) & ((columns - left).abs() < width / 4)
+        images = images * ~hole[:, None]  # (N, 1, H, W)
+    return images
+
+
+def summary(net, *inputs):
+    """A table of the layers of `net`: their types, output shapes and numbers of parameters."""
+    lines = [type(net).__name__]
+
+    def note(module, _, output, name):
+        count = sum(p.numel() for p in module.parameters())
+        layer = f"{name} {type(module).__name__}"
+        lines.append(f"  {layer:<30}{tuple(output.shape)!s:<22}{count:>12,}")
+
+    leaves = [(name, module) for name, module in net.named_modules() if not list(module.children())]
+    hooks = [m.register_forward_hook(functools.partial(note, name=name)) for name, m in leaves]
+    with torch.no_grad():
+        net(*inputs)
+    for hook in hooks:
+        hook.remove()
+    total = sum(p.numel() for p in net.parameters())
+    return "\n".join([*lines, f"  {'parameters':<52}{total:>12,}"])
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def to_uint8(images):
+    """(N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array."""
+    pixels = images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_picture(pixels):
+    """uint8 (H, W, C) -> Pillow image."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def save_image(pixels, path):
+    """Save uint8 (H, W, C) as a PNG."""
+    with replacing(path) as temporary:
+        to_picture(pixels).save(temporary, "PNG")
+
+
+def save_grid(images, path, columns=None, gap=2):
+    """Save uint8 (n, H, W, C) as one PNG, row by row; by default as wide as high."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    missing = -len(images) % columns
+    images = np.pad(images, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    n, height, width, channels = images.shape
+    grid = images.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
+    grid = grid.reshape(n // columns * height, columns * width, channels)
+    save_image(np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255), path)
+
+
+def save_gif(pictures, path, most=200):
+    """Save Pillow images as an animation of about 10 s, evenly thinned to `most` frames."""
+    frames = []
+    for i in np.linspace(0, len(pictures) - 1, min(len(pictures), most)).astype(int):
+        frames.append(pictures[i].convert("P", palette=Image.Palette.ADAPTIVE))
+    times = [max(40, 10_000 // len(frames))] * (len(frames) - 1) + [2000]  # ms; rests on the last
+    options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    with replacing(path) as temporary:
+        frames[0].save(temporary, "GIF", **options)
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+
+def save_curves(panels, path, xlabel, width=900, height=300):
+    """Draw line charts one below the other: panels is [(title, x, {label: y, ...}), ...]."""
+    canvas = Image.new("RGB", (width, height * len(panels)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    for i, (title, x, curves) in enumerate(panels):
+        left, top, right, bottom = 70, i * height + 40, width - 20, (i + 1) * height - 45
+        ys = np.array(list(curves.values()))
+        x_ticks, y_ticks = np.linspace(min(x), max(x), 5), np.linspace(ys.min(), ys.max(), 5)
+        columns, rows = np.linspace(left, right, 5), np.linspace(bottom, top, 5)
+        for column, row, x_tick, y_tick in zip(columns, rows, x_ticks, y_ticks, strict=True):
+            draw.line((left, row, right, row), "#dddddd")
+            draw.text((left - 6, row), f"{y_tick:.3g}", "black", font, anchor="rm")
+            draw.text((column, bottom + 6), f"{x_tick:.4g}", "black", font, anchor="mt")
+        draw.text(((left + right) / 2, bottom + 24), xlabel, "black", font, anchor="mt")
+        draw.text((left, top - 8), title, "black", font, anchor="lb")
+        for j, (label, y) in enumerate(curves.items()):
+            xy = np.interp(x, x_ticks, columns), np.interp(y, y_ticks, rows)
+            draw.line(list(zip(*xy, strict=True)), COLOURS[j], 2, joint="curve")
+            draw.text((right - 130 * j, top - 8), label, COLOURS[j], font, anchor="rb")
+    save_image(np.asarray(canvas), path)
+
+
+# ------------------------------------------------------------------------------------------- run
+
+COLUMNS = ["step", "epoch", "kimg", "seconds"]
+COLUMNS += ["loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "images_per_s"]
+ROWS_PER_EPOCH = 20  # of metrics.csv, each the mean over the steps since the last
+SAVE_AFTER = 600  # seconds between checkpoints within an epoch
+REST = 30  # seconds: ends of epochs that follow the last checkpoint faster write none
+
+
+def variant_of(script):
+    return Path(script).stem.removeprefix("train_")
+
+
+class Run:
+    """A training run: its folder, its batches, and all that is written while it goes on.
+
+    `z` says how latents are drawn (see draw_z); `state` holds G, D, G_ema, opt_d and opt_g. With
+    --resume their content is loaded here.
+    """
+
+    def __init__(self, args, script, images, device, generator_args, z, **state):
+        self.args, self.script, self.images, self.device = args, Path(script).stem, images, device
+        self.generator_args, self.z, self.state = generator_args, z, state
+        k = getattr(args, "k", 1)
+        batch_size = min(args.batch_size, len(images) // k)
+        if batch_size < 2:
+            raise UserError(f"{len(images)} images are too few: a batch needs 2")
+        if batch_size < args.batch_size:
+            print(f"batches of {batch_size}: there are only {len(images)} images")
+        self.images_per_step = k * batch_size
+        self.steps_per_epoch = len(images) // self.images_per_step
+        self.steps = args.epochs * self.steps_per_epoch
+        self.step, self.seconds, self.pending, self.stopping = 0, 0.0, [], False
+        self.order, self.fresh_step, self.line = (None, None), None, ProgressLine()
+        self.folder = args.resume or self.new_folder()
+        (self.folder / "samples").mkdir(exist_ok=True)
+        if args.resume:
+            self.restore()
+        else:  # in JSON, whose quotes let any path survive
+            lines = [f"{name} = {json.dumps(v)}\n" for name, v in settings_of(args).items()]
+            ini = f"[{self.script}]\n{''.join(lines)}"
+            (self.folder / "config.ini").write_text(ini, encoding="utf-8")
+
+    @property
+    def epoch(self):
+        return self.step // self.steps_per_epoch
+
+    def batches(self):
+        """Yield each step's real images, (k * batch_size, C, H, W) in [-1, 1], until the end.
+
+        Everything random in a step follows from (seed, step): torch is seeded anew before each.
+        Ctrl-C and SIGTERM let the step end, save, and raise KeyboardInterrupt.
+        """
+        self.announce()
+        handlers = {}
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self.stop)
+        try:
+            if self.step == 0:
+                shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
+                save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
+                self.sample()
+                self.save()
+            yield from self.remaining_steps()
+            self.draw()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self.stopping:
+            print(f"stopped; to go on: python {self.script}.py --resume {self.folder}")
+            raise KeyboardInterrupt
+
+    def remaining_steps(self):
+        images, device = self.images, self.device
+        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
+            images = torch.from_numpy(np.array(images)).to(device)
+        self.started = self.marked = self.saved = time.monotonic()
+        self.first_step = self.marked_step = self.step
+        with ThreadPoolExecutor(1) as ahead:  # fetches the next batch during a step
+            batch = ahead.submit(self.fetch, images, self.step)
+            while self.step < self.steps and not self.stopping:
+                real = batch.result().to(device, non_blocking=True)
+                batch = ahead.submit(self.fetch, images, self.step + 1)
+                torch.manual_seed(mixed(self.args.seed, "step", self.step))
+                real = real.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)  # channels_last
+                if self.args.flip:
+                    mirrored = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
+                    real = torch.where(mirrored, real.flip(3), real)
+                yield real
+
+    def fetch(self, images, step):
+        """The images (k * batch_size, H, W, C) of a step, uint8; in an epoch each at most once."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.order[0]:
+            rng = np.random.default_rng((self.args.seed, epoch))
+            self.order = epoch, rng.permutation(len(images))
+        batch = images[self.order[1][i * self.images_per_step : (i + 1) * self.images_per_step]]
+        if isinstance(batch, np.ndarray):
+            batch = torch.from_numpy(batch)
+            return batch.pin_memory() if self.device.type == "cuda" else batch
+        return batch
+
+    def stop(self, number, frame):
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    def log(self, stats):
+        """End a step with its 0-d tensors `stats`; writes what is due."""
+        self.step += 1
+        self.pending.append(stats)
+        within, last = self.step % self.steps_per_epoch, self.step == self.steps
+        if within % math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH) == 0 or within == 0:
+            self.write_row()
+        if within == 0 and (last or self.epoch % self.args.sample_every == 0):
+            self.sample()
+        if within == 0 and (last or self.epoch % self.args.checkpoint == 0):
+            with replacing(self.folder / f"generator_{self.epoch:04d}.pt") as temporary:
+                torch.save(self.snapshot(), temporary)
+        unsaved = time.monotonic() - self.saved
+        if last or self.stopping or unsaved > (SAVE_AFTER if within else REST):
+            self.save()
+        if within == 0:
+            self.marked, self.marked_step = time.monotonic(), self.step
+
+    def means(self):
+        """Means of the statistics since the last row; UserError if one is not finite."""
+        names = list(self.pending[0])
+        table = torch.stack([torch.stack([row[name] for name in names]) for row in self.pending])
+        means = table.double().mean(0).tolist()
+        if not all(map(math.isfinite, means)):
+            raise UserError(
+                f"a loss is not finite at step {self.step}; {self.folder}/checkpoint.pt keeps the "
+                "last good state. Try lower rates, --precision fp32 or another --seed"
+            )
+        return dict(zip(names, means, strict=True))
+
+    def write_row(self):
+        """A row of metrics.csv, and the progress line."""
+        means, now = self.means(), time.monotonic()
+        self.pending = []
+        speed = (self.step - self.marked_step) * self.images_per_step / (now - self.marked)
+        seconds = self.seconds + now - self.started
+        row = {"step": self.step, "seconds": seconds, "images_per_s": speed, **means}
+        row["epoch"] = math.ceil(self.step / self.steps_per_epoch)
+        row["kimg"] = self.step * self.images_per_step / 1000
+        columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
+        path = self.folder / "metrics.csv"
+        header = "" if path.exists() else ",".join(columns) + "\n"
+        with path.open("a") as file:
+            file.write(header + ",".join(f"{row[name]:.7g}" for name in columns) + "\n")
+        self.marked, self.marked_step = now, self.step
+        left = (now - self.started) / (self.step - self.first_step) * (self.steps - self.step)
+        self.line.show(
+            f"epoch {row['epoch']}/{self.args.epochs}  step {self.step}/{self.steps}  "
+            f"{seconds / 60:.1f} min, {left / 60:.1f} left  {speed:.0f} images/s  "
+            f"loss D {means['loss_d']:.3f} G {means['loss_g']:.3f}  D(x) {means['d_real']:.2f}  "
+            f"D(G(z)) {means['d_fake']:.2f} / {means['d_fake_after']:.2f}",
+            last=self.step == self.steps,
+        )
+
+    def announce(self):
+        """Print the table of the settings, and what is about to happen."""
+        cells = [f"{name:<13}{value}" for name, value in settings_of(self.args).items()]
+        rows = math.ceil(len(cells) / 3)
+        for i in range(rows):
+            print("".join(f"{cell:<32}" for cell in cells[i::rows]).rstrip())
+        counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
+        print("G has {:,} parameters, D {:,}".format(*counts), f"on {self.device}", sep=", ")
+        span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
+        print(f"{self.folder}: {span}", flush=True)
+
+    def new_folder(self):
+        """Make the run's folder; one that holds a run is left alone."""
+        out, data = self.args.out, Path(self.args.path or self.args.dataset).resolve().stem
+        if out and Path(out, "checkpoint.pt").exists():
+            raise UserError(
+                f"{out} holds a run: --resume {out} continues it, or pass another --out"
+            )
+        for end in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+            folder = Path(out or f"runs/{variant_of(self.script)}-{data}{end}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True, exist_ok=bool(out))
+                return folder
+
+    def restore(self):
+        """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
+        path, metrics = self.folder / "checkpoint.pt", self.folder / "metrics.csv"
+        run = load_file(path)
+        try:
+            for name, part in self.state.items():
+                part.load_state_dict(run[name])
+            self.step, self.seconds, n_images = run["step"], run["seconds"], run["n_images"]
+            self.pending = [
+                {k: v.to(self.device) for k, v in row.items()} for row in run["pending"]
+            ]
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path} does not fit {self.script}.py ({reason})") from None
+        if n_images != len(self.images):
+            raise UserError(f"{path} knows {n_images} images, not {len(self.images)}: start anew")
+        for leftover in self.folder.glob("**/.*.tmp"):  # of a killed process
+            leftover.unlink()
+        if metrics.exists():
+            header, *rows = metrics.read_text().splitlines(keepends=True)
+            rows = [row for row in rows if int(row.partition(",")[0]) <= self.step]
+            with replacing(metrics) as temporary:
+                temporary.write_text("".join([header, *rows]))
+
+    def refresh_batchnorm(self):
+        """Estimate G_ema's BatchNorm statistics anew: no copy of G's would fit its weights."""
+        if self.fresh_step != self.step:
+            source = torch.Generator().manual_seed(mixed(self.args.seed, "batchnorm"))
+            batches = [draw_z(self.z, CHUNK, generator=source) for _ in range(8)]
+            update_bn(batches, self.state["G_ema"], self.device)
+            self.fresh_step = self.step
+
+    def sample(self):
+        self.refresh_batchnorm()
+        images = generate(self.state["G_ema"], latents(self.z, self.args.seed, range(CHUNK)))
+        save_grid(images, self.folder / f"samples/epoch_{self.epoch:04d}.png")
+
+    def snapshot(self):
+        """All that generate.py needs, and where it comes from."""
+        self.refresh_batchnorm()
+        return {"script": self.script, "generator_args": self.generator_args, "z": self.z,
+                "config": settings_of(self.args), "step": self.step,
+                "G_ema": self.state["G_ema"].state_dict()}  # fmt: skip
+
+    def save(self):
+        """Write checkpoint.pt: all that --resume needs."""
+        if self.pending:
+            self.means()  # refuses to save what is not finite
+        self.saved = time.monotonic()
+        seconds = self.seconds + (self.saved - self.started if self.step else 0)
+        progress = {"n_images": len(self.images), "seconds": seconds, "pending": self.pending}
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        with replacing(self.folder / "checkpoint.pt") as temporary:
+            torch.save(self.snapshot() | parts | progress, temporary)
+
+    def draw(self):
+        """Draw training.gif and losses.png."""
+        grids = [Image.open(path) for path in sorted(self.folder.glob("samples/epoch_*.png"))]
+        save_gif(grids, self.folder / "training.gif")
+        with (self.folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        if rows:
+            kimg, *y = ([float(row[name]) for row in rows] for name in ("kimg", *COLUMNS[4:8]))
+            losses = ("loss", kimg, {"D": y[0], "G": y[1]})
+            answers = ("D's answer", kimg, {"D(x)": y[2], "D(G(z))": y[3]})
+            save_curves([losses, answers], self.folder / "losses.png", "thousand images seen")

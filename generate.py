@@ -1,0 +1,151 @@
+"""Generate images with the generator of a run or snapshot.
+
+    python generate.py --img_num 64                            # of the newest run
+    python generate.py --load_path runs/dcgan-imgs --seed 1    # as it is now
+    python generate.py --load_path runs/dcgan-imgs/generator_0050.pt --grid_size 10
+    python generate.py --interpolate --nearest imgs/
+
+Image number i of a seed is always the same, bit for bit on the same machine, whatever is made
+beside it. Single images go into the folder --save_path, everything else beside it.
+"""
+
+import argparse
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+
+FRAMES = 10  # of each interpolation, both ends included
+
+
+def get_args(argv):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = common.Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    add, number = parser.add_argument, common.bounded(int, 1)
+    add("--load_path", type=Path, help="run folder or snapshot .pt; default: the newest run")
+    add("--img_num", type=number, default=16, help="single images")
+    add("--grid_size", type=number, help="n for a grid of n * n; default: those of --img_num")
+    add("--save_path", type=Path, help="folder for single images; default generated/<run>")
+    add("--seed", type=common.bounded(int, 0), default=0, help="image i follows from (seed, i)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add(
+        "--interpolate", action="store_true", help="also the ways from image to image, as a GIF too"
+    )
+    add(
+        "--nearest", metavar="IMAGES", help="also each image beside the nearest of this folder/.zip"
+    )
+    add("--cache", default=".cache", help="folder for the decoded images of --nearest")
+    return parser.parse_args(argv)
+
+
+def load_generator(path=None, device="cpu"):
+    """The averaged generator of a run folder or snapshot (default: the newest run), and its `z`.
+
+    The snapshot names its script, train_*.py, which must lie beside this file; its Generator is
+    built with the recorded arguments. Raises common.UserError where anything does not fit.
+    """
+    path = Path(path) if path else common.newest_run()
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    snapshot = common.load_file(path)
+    script = Path(__file__).with_name(f"{snapshot['script']}.py")
+    if not re.fullmatch(r"train_\w+", str(snapshot["script"])) or not script.is_file():
+        raise common.UserError(
+            f"{path} is of {snapshot['script']!r}: no train_*.py beside generate.py"
+        )
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        G = module.Generator(**snapshot["generator_args"])
+        G.load_state_dict(snapshot["G_ema"])
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise common.UserError(f"{path} does not fit {script.name} ({reason})") from None
+    return G.to(device).requires_grad_(False).eval(), snapshot["z"]
+
+
+def sample(G, z, numbers, seed=0):
+    """The images with these numbers: uint8 (n, H, W, C). G and z as load_generator returns them."""
+    return common.generate(G, common.latents(z, seed, numbers))
+
+
+def interpolations(z, seed, n):
+    """Latents ((n - 1) * FRAMES, z_dim) on the ways between n neighbouring images.
+
+    Normal latents turn on an arc (slerp, White 2016, arXiv:1609.04468), so that their length stays
+    typical; uniform ones go straight.
+    """
+    ways = []
+    ends = common.latents(z, seed, range(n))
+    for a, b in zip(ends, ends[1:]):
+        t = torch.linspace(0, 1, FRAMES)[:, None]
+        if z["distribution"] == "normal":
+            angle = torch.acos(torch.cosine_similarity(a, b, dim=0))
+            ways.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / angle.sin())
+        else:
+            ways.append((1 - t) * a + t * b)
+    return torch.cat(ways)
+
+
+def nearest(images, others):
+    """For each uint8 image (n, H, W, C) the one of `others` at the least Euclidean distance."""
+    ours = torch.from_numpy(images.reshape(len(images), -1)).float()
+    best = torch.full((len(images),), math.inf)
+    found = np.zeros(len(images), int)
+    for start in range(0, len(others), 1024):
+        part = others[start : start + 1024]
+        theirs = torch.from_numpy(part.reshape(len(part), -1).astype(np.float32))
+        distance, index = torch.cdist(ours, theirs).min(1)
+        closer = (distance < best).numpy()
+        best = torch.minimum(best, distance)
+        found[closer] = start + index.numpy()[closer]
+    return others[found]
+
+
+def main():
+    with common.exit_codes():
+        args = get_args(sys.argv[1:])
+        source = args.load_path or common.newest_run()
+        G, z = load_generator(source, common.choose_device(args.device))
+        run = source.resolve()
+        name = run.name if run.is_dir() else f"{run.parent.name}-{run.stem}"
+        folder = args.save_path or Path("generated", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        older = len(list(folder.glob("*.png")))
+
+        beside = lambda what: folder.with_name(f"{folder.name}-{what}")  # noqa: E731
+        for start in range(0, args.img_num, common.CHUNK):
+            numbers = range(start, min(start + common.CHUNK, args.img_num))
+            for i, image in zip(numbers, sample(G, z, numbers, args.seed)):
+                common.save_image(image, folder / f"seed{args.seed}_{i:06d}.png")
+        print(f"{args.img_num} images of {source} in {folder}")
+        if (count := len(list(folder.glob("*.png")))) > max(older, args.img_num):
+            print(f"{folder} now holds {count} images, with those that were there before")
+
+        side = args.grid_size or min(10, math.isqrt(args.img_num))
+        images = sample(G, z, range(side * side), args.seed)
+        common.save_grid(images, beside("grid.png"), side)
+        print(f"{beside('grid.png')}: the first {side} x {side}")
+        if args.interpolate:
+            frames = common.generate(G, interpolations(z, args.seed, n=9))
+            common.save_grid(frames, beside("interpolation.png"), FRAMES)
+            common.save_gif([*map(common.to_picture, frames)], beside("interpolation.gif"))
+            print(f"{beside('interpolation.png')}, .gif: from image to image, a way a row")
+        if args.nearest:
+            n, size, _, channels = images.shape
+            others = common.load_images(args.nearest, size, str(channels), args.cache)
+            pairs = np.stack([images, nearest(images, others)], 1).reshape(
+                2 * n, size, size, channels
+            )
+            common.save_grid(pairs, beside("nearest.png"), 2 * side)
+            print(f"{beside('nearest.png')}: each image, then the nearest of {args.nearest}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""DCGAN: a convolutional generative adversarial network (Radford et al., 2015, arXiv:1511.06434).
+
+A generator G turns noise z into images; a discriminator D learns to tell them from real ones, and
+G learns from D's gradient. Transposed convolutions in G, strided ones in D, BatchNorm in between.
+
+    python train_dcgan.py                              # coloured characters, needs no data
+    python train_dcgan.py --path imgs/ --epochs 50     # a folder or .zip of images, at 64 pixels
+    python train_dcgan.py --resume --epochs 100        # the newest run goes on
+    python generate.py --img_num 64                    # images of the newest run
+"""
+
+import copy
+import itertools
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+def get_args(argv):
+    parser = common.run_parser(__file__, __doc__, epochs=50)
+    number, rate = common.bounded(int, 1), common.bounded(float, 0)
+    add = parser.add_argument
+    add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
+    add("--width", type=number, help="channels next to the image, doubling inwards up to 8 times")
+    add("--lrd", type=rate, default=4e-4, help="Adam's rate for D")
+    add("--lrg", type=rate, default=4e-4, help="Adam's rate for G; TTUR: other than D's")
+    add("--beta1", type=common.bounded(float, 0, 0.999), default=0.5, help="Adam's momentum")
+    add("--k", type=number, default=1, help="batches for D per update of G (Goodfellow et al.)")
+    add("--one_sided", type=common.bounded(float, 0, 1), default=0.0,
+        help="label smoothing: D's target for real images is 1 minus this")  # fmt: skip
+    add("--lr_decay", type=rate, default=1.0, help="both rates times this after every epoch")
+    add("--norm", choices=["batch", "none"], default="batch", help="normalisation of inner layers")
+    add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in D")
+    add("--alpha_g", type=rate, default=0.0, help="LeakyReLU slope in G; 0 is ReLU")
+    add("--init", choices=["normal", "xavier"], default="normal", help="normal: N(0, 0.02)")
+    args = common.parse_flags(parser, argv)
+    if not args.path and not args.dataset:
+        args.dataset = "glyphs"
+        print("no --path: training on the built-in glyphs, 32 pixels")
+    args.image_size = args.image_size or (32 if args.dataset else 64)
+    args.width = args.width or (32 if args.dataset else 64)
+    if args.image_size not in (16, 32, 64, 128, 256):
+        raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
+    return args
+
+
+def stage_widths(image_size, width):
+    """Channels from the 4x4 stage to the one next to the image: 64, width 64 -> 512 256 128 64."""
+    stages = image_size.bit_length() - 3
+    return [width * min(2**i, 8) for i in reversed(range(stages))]
+
+
+def norm_layer(norm, channels):
+    return [nn.BatchNorm2d(channels)] if norm == "batch" else []
+
+
+class Generator(nn.Module):
+    """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1]."""
+
+    def __init__(self, image_size=64, channels=3, z_dim=100, width=64, norm="batch", alpha=0.0):
+        super().__init__()
+        bias = norm == "none"  # BatchNorm has its own
+        self.widths = stage_widths(image_size, width)
+        self.project = nn.Linear(z_dim, 4 * 4 * self.widths[0], bias=bias)
+        layers = norm_layer(norm, self.widths[0]) + [nn.LeakyReLU(alpha, inplace=True)]
+        for before, after in itertools.pairwise(self.widths):  # each doubles the side
+            layers.append(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=bias))
+            layers += norm_layer(norm, after) + [nn.LeakyReLU(alpha, inplace=True)]
+        layers += [nn.ConvTranspose2d(self.widths[-1], channels, 4, 2, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z):
+        h = self.project(z).view(-1, 4, 4, self.widths[0]).permute(0, 3, 1, 2)  # (N, C, 4, 4)
+        return torch.tanh(self.layers(h).float())
+
+
+class Discriminator(nn.Module):
+    """Images (N, channels, image_size, image_size) -> logits (N,), float32; D(x) = sigmoid."""
+
+    def __init__(self, image_size=64, channels=3, width=64, norm="batch", alpha=0.2):
+        super().__init__()
+        widths = stage_widths(image_size, width)[::-1]
+        layers = [nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(alpha, inplace=True)]
+        for before, after in itertools.pairwise(widths):  # each halves the side
+            layers.append(nn.Conv2d(before, after, 4, 2, 1, bias=norm == "none"))
+            layers += norm_layer(norm, after) + [nn.LeakyReLU(alpha, inplace=True)]
+        layers += [nn.Conv2d(widths[-1], 1, 4)]  # (N, 1, 1, 1)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.layers(images).flatten().float()
+
+
+def train_step(G, D, opt_d, opt_g, real, args):
+    """k updates of D, each with fresh images, then one of G. Returns detached 0-d tensors.
+
+    real: (k * N, C, H, W) in [-1, 1]. All losses are means of -log D or -log(1 - D), from logits:
+    -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit).
+    """
+    for x in real.chunk(args.k):
+        # D: maximize log D(x) + log(1 - D(G(z))). Real and fake go separately: BatchNorm must not
+        # mix them. With one-sided smoothing s: (1 - s) log D(x) + s log(1 - D(x)) for the real.
+        fake = G(torch.randn(len(x), args.z_dim, device=x.device))
+        logits_real = D(common.augment(x, args.augment))
+        logits_fake = D(common.augment(fake.detach(), args.augment))
+        s = args.one_sided
+        loss_real = (1 - s) * F.softplus(-logits_real) + s * F.softplus(logits_real)
+        loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
+        opt_d.zero_grad()
+        loss_d.backward()
+        opt_d.step()
+
+    # G: maximize log D(G(z)), the non-saturating form, with the images that D has just seen
+    D.requires_grad_(False)
+    logits_fake_g = D(common.augment(fake, args.augment))
+    loss_g = F.softplus(-logits_fake_g).mean()
+    opt_g.zero_grad()
+    loss_g.backward()
+    opt_g.step()
+    D.requires_grad_(True)
+    return {
+        "loss_d": loss_d.detach(),
+        "loss_g": loss_g.detach(),
+        "d_real": logits_real.detach().sigmoid().mean(),
+        "d_fake": logits_fake.detach().sigmoid().mean(),  # before D's update
+        "d_fake_after": logits_fake_g.detach().sigmoid().mean(),
+    }
+
+
+def train(*argv, **flags):
+    """Train as the command line does, train(path="imgs/", epochs=50); returns the run's folder."""
+    args = get_args([*argv, *common.as_argv(flags)])
+    device = common.setup(args)
+    images = common.load_data(args)  # uint8 (N, H, W, C)
+
+    size = {"image_size": args.image_size, "channels": images.shape[-1], "width": args.width}
+    generator_args = size | {"z_dim": args.z_dim, "norm": args.norm, "alpha": args.alpha_g}
+    G = Generator(**generator_args)
+    D = Discriminator(**size, norm=args.norm, alpha=args.alpha)
+    if args.summary:
+        print(common.summary(G, torch.zeros(1, args.z_dim)))
+        print(common.summary(D, torch.zeros(1, size["channels"], args.image_size, args.image_size)))
+        return None
+    common.init_weights(G, args.init)
+    common.init_weights(D, args.init)
+    G_ema = copy.deepcopy(G).to(device).requires_grad_(False).eval()
+    G, D = common.prepare(G, device, args), common.prepare(D, device, args)
+    opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
+    opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
+
+    z = {"dim": args.z_dim, "distribution": "normal"}
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
+    run = common.Run(args, __file__, images, device, generator_args, z, **state)
+    for real in run.batches():
+        for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
+            opt.param_groups[0]["lr"] = rate * args.lr_decay**run.epoch
+        stats = train_step(G, D, opt_d, opt_g, real, args)
+        common.update_ema(G_ema, G, run.step, args.ema)
+        run.log(stats)
+    return run.folder
+
+
+def main():
+    with common.exit_codes():
+        train(*sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
