@@ -119,7 +119,7 @@ def bounded(kind, low, high=math.inf):
             if low <= kind(text) <= high:
                 return kind(text)
         limits = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not an {kind.__name__} {limits}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} {limits}")
 
     return convert
 
@@ -359,8 +359,9 @@ def decode_all(names, open_image, image_size, channels, cached):
     if channels == "auto":
         modes = (attempt(lambda file: Image.open(file).mode, name)[0] for name in names)
         channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
+    channels = int(channels)
     count, transparent, errors, line = 0, 0, [], ProgressLine()
-    work = functools.partial(decode, image_size=image_size, channels=int(channels))
+    work = functools.partial(decode, image_size=image_size, channels=channels)
     with ThreadPoolExecutor(os.cpu_count()) as pool, replacing(cached) as temporary:
         with temporary.open("wb") as file:
             write_header()
@@ -773,7 +774,7 @@ class Run:
         cells = [f"{name:<13}{value}" for name, value in settings_of(self.args).items()]
         rows = math.ceil(len(cells) / 3)
         for i in range(rows):
-            print("".join(f"{cell:<32}" for cell in cells[i::rows]).rstrip())
+            print("  ".join(f"{cell:<30}" for cell in cells[i::rows]).rstrip())
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
         print("G has {:,} parameters, D {:,}".format(*counts), f"on {self.device}", sep=", ")
         span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
@@ -803,7 +804,7 @@ class Run:
             self.pending = [
                 {k: v.to(self.device) for k, v in row.items()} for row in run["pending"]
             ]
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path} does not fit {self.script}.py ({reason})") from None
         if n_images != len(self.images):

@@ -53,10 +53,11 @@ def load_generator(path=None, device="cpu"):
     path = Path(path) if path else common.newest_run()
     path = path / "checkpoint.pt" if path.is_dir() else path
     snapshot = common.load_file(path)
-    script = Path(__file__).with_name(f"{snapshot['script']}.py")
-    if not re.fullmatch(r"train_\w+", str(snapshot["script"])) or not script.is_file():
+    name = str(snapshot["script"])
+    script = Path(__file__).parent / f"{name}.py"
+    if not re.fullmatch(r"train_\w+", name) or not script.is_file():
         raise common.UserError(
-            f"{path} is of {snapshot['script']!r}: no train_*.py beside generate.py"
+            f"{path} needs {name}.py: no such training script beside generate.py"
         )
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,117 @@
+"""generate.py: the same image for the same seed and number, and the pictures beside them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import generate
+import train_dcgan
+
+
+@pytest.fixture
+def run(imgs):
+    settings = {"image_size": 16, "width": 4, "z_dim": 8, "batch_size": 8, "epochs": 1}
+    return train_dcgan.train(path="imgs", **settings)
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
+    generate.main()
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_an_image_is_the_same_whatever_is_made_beside_it(run, monkeypatch):
+    call(monkeypatch, "--img_num=70", "--save_path=many")
+    call(monkeypatch, "--img_num=3", "--save_path=few", "--load_path", run / "generator_0001.pt")
+    assert len(list(Path("many").iterdir())) == 70 and len(list(Path("few").iterdir())) == 3
+    for i in range(3):
+        name = f"seed0_{i:06d}.png"
+        assert Path("many", name).read_bytes() == Path("few", name).read_bytes()
+    call(monkeypatch, "--img_num=3", "--seed=1", "--save_path=few")
+    assert len(list(Path("few").iterdir())) == 6
+    assert (pixels("few/seed1_000000.png") != pixels("few/seed0_000000.png")).any()
+
+
+def test_the_grid_shows_the_singles_and_lies_beside_their_folder(run, monkeypatch):
+    call(monkeypatch, "--img_num=9", "--grid_size=2")
+    assert len(list(Path("generated/dcgan-imgs").glob("*.png"))) == 9
+    grid = pixels("generated/dcgan-imgs-grid.png")
+    assert grid.shape == (2 * 18 + 2, 2 * 18 + 2, 3)
+    for i, (top, left) in enumerate([(2, 2), (2, 20), (20, 2), (20, 20)]):
+        single = pixels(f"generated/dcgan-imgs/seed0_{i:06d}.png")
+        assert (grid[top : top + 16, left : left + 16] == single).all()
+
+
+def test_interpolation_goes_from_image_to_image(run, monkeypatch):
+    call(monkeypatch, "--interpolate")
+    rows = pixels("generated/dcgan-imgs-interpolation.png")
+    assert rows.shape == (8 * 18 + 2, 10 * 18 + 2, 3)
+    for i in range(8):
+        first, last = rows[2 + 18 * i :][:16, 2:18], rows[2 + 18 * i :][:16, 2 + 9 * 18 :][:, :16]
+        for ours, number in ((first, i), (last, i + 1)):
+            single = pixels(f"generated/dcgan-imgs/seed0_{number:06d}.png")
+            assert np.abs(ours.astype(int) - single).max() <= 1  # sines round
+    assert Image.open("generated/dcgan-imgs-interpolation.gif").n_frames > 40
+
+
+def test_slerp_keeps_the_length_and_uniform_latents_go_straight():
+    normal = {"dim": 500, "distribution": "normal"}
+    a, b = common.latents(normal, 0, range(2))
+    path = generate.interpolations(normal, 0, 2)
+    torch.testing.assert_close(path[0], a)
+    torch.testing.assert_close(path[-1], b)
+    assert (path.norm(dim=1) / a.norm() - 1).abs().max() < 0.1
+    uniform = {"dim": 500, "distribution": "uniform"}
+    path = generate.interpolations(uniform, 0, 2)
+    torch.testing.assert_close(path[3], path[0] * 2 / 3 + path[-1] / 3)
+
+
+def test_nearest_finds_a_copy(run, monkeypatch):
+    rng = np.random.default_rng(0)
+    others = rng.integers(256, size=(3000, 4, 4, 3), dtype=np.uint8)
+    images = others[[2999, 5, 1024]].copy()
+    images[:, 0, 0] ^= 1
+    np.testing.assert_array_equal(generate.nearest(images, others), others[[2999, 5, 1024]])
+    call(monkeypatch, "--nearest=imgs", "--img_num=4")
+    pairs = pixels("generated/dcgan-imgs-nearest.png")
+    real = common.load_images("imgs", 16)
+    assert any((pairs[2:18, 20:36] == image).all() for image in real)
+    assert (pairs[2:18, 2:18] == pixels("generated/dcgan-imgs/seed0_000000.png")).all()
+
+
+class Trap:
+    """Pickled, it would write a file when loaded."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def test_only_snapshots_of_scripts_beside_it_are_accepted(run, monkeypatch, capsys):
+    snapshot = torch.load(run / "generator_0001.pt", weights_only=True)
+    bad = {
+        "os": {"script": "os"},
+        "path": {"script": "../train_dcgan"},
+        "missing": {"script": "train_nothing"},
+        "arguments": {"generator_args": {"height": 3}},
+        "shapes": {"generator_args": snapshot["generator_args"] | {"width": 8}},
+        "trap": {"G_ema": Trap()},
+    }
+    for name, change in bad.items():
+        torch.save(snapshot | change, f"{name}.pt")
+        with pytest.raises(SystemExit) as exit:
+            call(monkeypatch, f"--load_path={name}.pt")
+        assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not Path("trapped").exists() and not Path("generated").exists()
+    with pytest.raises(common.UserError, match="no such file"):
+        generate.load_generator("nowhere.pt")
+    torch.save({"a": 1}, "other.pt")
+    with pytest.raises(common.UserError, match="neither a checkpoint nor a snapshot"):
+        generate.load_generator("other.pt")

@@ -1,0 +1,137 @@
+"""From files to batches: finding, decoding, caching images, and the order they come in."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+import common
+
+
+def test_folder_and_zip_give_the_same_images(imgs):
+    (imgs / "notes.txt").write_text("no image")
+    with zipfile.ZipFile("imgs.zip", "w") as archive:
+        for path in imgs.rglob("*"):
+            archive.write(path)
+    from_folder = common.load_images("imgs", 16)
+    from_zip = common.load_images("imgs.zip", 16)
+    assert from_folder.shape == (24, 16, 16, 3) and from_folder.dtype == np.uint8
+    assert isinstance(from_folder, np.memmap) and not from_folder.flags.writeable
+    np.testing.assert_array_equal(from_folder, from_zip)
+    original = np.asarray(Image.open(imgs / "001.png"))  # 16 x 20: the crop takes 2 columns a side
+    np.testing.assert_array_equal(from_folder[0], original[:, 2:18])
+
+
+def test_a_run_below_the_folder_is_not_trained_on(imgs):
+    run = imgs / "runs/dcgan-imgs"
+    (run / "samples").mkdir(parents=True)
+    (run / "checkpoint.pt").touch()
+    Image.new("RGB", (16, 16)).save(run / "samples/epoch_0001.png")
+    Image.new("RGB", (16, 16)).save(imgs / ".hidden.png")
+    assert len(common.load_images("imgs", 16)) == 24
+
+
+def test_channels_follow_the_files():
+    write_images(Path("grey"), 6, mode="L")
+    assert common.load_images("grey", 16).shape == (6, 16, 16, 1)
+    assert common.load_images("grey", 16, "3").shape == (6, 16, 16, 3)
+    Image.new("RGB", (16, 16), "red").save("grey/red.png")
+    assert common.load_images("grey", 16).shape == (7, 16, 16, 3)
+    assert common.load_images("grey", 16, "1").shape == (7, 16, 16, 1)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def test_decode_applies_the_orientation_of_the_camera():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 20, 20))  # left half: on top when turned
+    pixels, _ = common.decode(encoded(picture, "JPEG", exif=exif, quality=95))
+    assert pixels.shape == (40, 20, 3)
+    assert pixels[5, 10, 2] > 200 and pixels[35, 10, 0] > 200
+
+
+def test_decode_scales_16_bits_and_lays_transparency_on_white():
+    ramp = np.array([[0, 257 * 100, 65535]], np.uint16)
+    pixels, transparent = common.decode(encoded(Image.fromarray(ramp), "PNG"), channels=1)
+    assert pixels.ravel().tolist() == [0, 100, 255] and not transparent
+    glass = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    glass.putpixel((1, 0), (255, 0, 0, 255))
+    pixels, transparent = common.decode(encoded(glass, "PNG"))
+    assert pixels[0].tolist() == [[255, 255, 255], [255, 0, 0]] and transparent
+
+
+def test_decode_crops_the_centre():
+    stripes = np.zeros((10, 30, 3), np.uint8)
+    stripes[:, 10:20] = 200
+    pixels, _ = common.decode(encoded(Image.fromarray(stripes), "PNG"), image_size=10)
+    assert pixels.shape == (10, 10, 3) and (pixels == 200).all()
+
+
+def test_undecodable_files_are_skipped_and_listed(imgs, capsys):
+    (imgs / "broken.png").write_bytes((imgs / "001.png").read_bytes()[:200])
+    (imgs / "text.jpg").write_text("this is no photograph")
+    assert len(common.load_images("imgs", 16)) == 24
+    assert "2 of 26 files cannot be decoded" in capsys.readouterr().out
+    (listed,) = Path(".cache").glob("*.txt")
+    assert "broken.png: " in listed.read_text() and "text.jpg: " in listed.read_text()
+
+
+def test_the_cache_is_used_until_the_files_change(imgs, monkeypatch):
+    first = np.array(common.load_images("imgs", 16))
+    decode = common.decode
+    monkeypatch.setattr(common, "decode", None)  # would fail for every file
+    np.testing.assert_array_equal(common.load_images("imgs", 16), first)
+    monkeypatch.setattr(common, "decode", decode)
+    Image.new("RGB", (16, 16), "red").save(imgs / "001.png")
+    assert (common.load_images("imgs", 16)[0] == (255, 0, 0)).all()
+
+
+def test_a_damaged_cache_is_made_again(imgs):
+    first = np.array(common.load_images("imgs", 16))
+    (cached,) = Path(".cache").glob("*.npy")
+    whole = cached.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-1], b"x" * len(whole)):
+        cached.write_bytes(damaged)
+        np.testing.assert_array_equal(common.load_images("imgs", 16), first)
+        assert cached.read_bytes() == whole
+    assert not list(Path(".cache").glob("*.tmp"))
+
+
+def test_errors_say_where_was_searched(imgs):
+    os.mkdir("empty")
+    with pytest.raises(common.UserError, match=r"no images in empty .*\.jpg.*\.tiff"):
+        common.load_images("empty", 16)
+    with pytest.raises(common.UserError, match="nowhere does not exist"):
+        common.load_images("nowhere", 16)
+    with pytest.raises(common.UserError, match="001.png is neither a folder nor a .zip"):
+        common.load_images("imgs/001.png", 16)
+    Path("empty/a.png").touch()
+    with pytest.raises(common.UserError, match="none of the 1 images in empty"):
+        common.load_images("empty", 16)
+
+
+def test_glyphs_are_the_same_each_time_and_differ_among_themselves():
+    glyphs = common.draw_glyphs(16, n=20)
+    np.testing.assert_array_equal(glyphs, common.draw_glyphs(16, n=20))
+    assert glyphs.shape == (20, 16, 16, 3) and len(np.unique(glyphs, axis=0)) == 20
+    assert common.draw_glyphs(16, channels=1, n=20).shape == (20, 16, 16, 1)
+    contrast = glyphs.astype(int).max((1, 2)) - glyphs.min((1, 2))
+    assert (contrast.max(1) > 80).all()  # a character stands out from its paper
+
+
+def test_real_photographs(real_data):
+    cats = common.load_images(real_data / "cats.zip", 16)
+    assert cats.shape == (12_000, 16, 16, 3)
+    assert 80 < cats.mean() < 160 and cats.std() > 40
