@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,9 +67,18 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def save_file(content, path):
+    """Write a dict of tensors and plain types; through a file object, whose errors are OSErrors."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
 def load_file(path):
     """Read a checkpoint or snapshot onto the CPU: tensors and plain types, never objects."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: no member is larger
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("it claims to hold more than it does")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
@@ -334,15 +344,21 @@ def image_files(path):
 
 
 def open_cached(path):
-    """The array in a cache file; None if there is none or it is shorter than it says."""
+    """The array in a cache file; None if there is none or it is not as it was written."""
     try:
-        return np.load(path, mmap_mode="r")
+        images = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return images if int.from_bytes(file.read(), "big") == zlib.crc32(images) else None
     except (OSError, ValueError, EOFError):
         return None
 
 
 def decode_all(names, open_image, image_size, channels, cached):
-    """Decode files in threads, in order, into the .npy `cached`; failures go into a .txt."""
+    """Decode files in threads, in order, into the .npy `cached`; failures go into a .txt.
+
+    Four bytes of checksum follow the array: numpy does not mind, open_cached checks them.
+    """
 
     def attempt(work, name):
         try:
@@ -360,7 +376,7 @@ def decode_all(names, open_image, image_size, channels, cached):
         modes = (attempt(lambda file: Image.open(file).mode, name)[0] for name in names)
         channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
     channels = int(channels)
-    count, transparent, errors, line = 0, 0, [], ProgressLine()
+    count, transparent, checksum, errors, line = 0, 0, 0, [], ProgressLine()
     work = functools.partial(decode, image_size=image_size, channels=channels)
     with ThreadPoolExecutor(os.cpu_count()) as pool, replacing(cached) as temporary:
         with temporary.open("wb") as file:
@@ -370,10 +386,13 @@ def decode_all(names, open_image, image_size, channels, cached):
                     if error:
                         errors.append(error)
                         continue
-                    file.write(np.ascontiguousarray(result[0]))
-                    count, transparent = count + 1, transparent + result[1]
+                    pixels, has_alpha = result
+                    file.write(pixels)
+                    checksum = zlib.crc32(pixels, checksum)
+                    count, transparent = count + 1, transparent + has_alpha
                 done = count + len(errors)
                 line.show(f"decoding: {done:,} of {len(names):,}", last=done == len(names))
+            file.write(checksum.to_bytes(4, "big"))
             file.seek(0)
             write_header()
         cached.with_suffix(".txt").write_text("".join(errors), encoding="utf-8")
@@ -404,7 +423,8 @@ def decode(file, image_size=None, channels=3):
     image = image.convert("L" if channels == 1 else "RGB")
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(image.height, image.width, channels), transparent
+    pixels = np.asarray(image).reshape(image.height, image.width, channels)
+    return pixels, transparent
 
 
 GLYPHS = "ABCDEFGHJKLMNPRSTUVWXYZ2345678"  # no look-alikes of others: 0 1 9 I O Q
@@ -678,7 +698,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stopping:
-            print(f"stopped; to go on: python {self.script}.py --resume {self.folder}")
+            print(f"\nstopped; to go on: python {self.script}.py --resume {self.folder}")
             raise KeyboardInterrupt
 
     def remaining_steps(self):
@@ -725,8 +745,7 @@ class Run:
         if within == 0 and (last or self.epoch % self.args.sample_every == 0):
             self.sample()
         if within == 0 and (last or self.epoch % self.args.checkpoint == 0):
-            with replacing(self.folder / f"generator_{self.epoch:04d}.pt") as temporary:
-                torch.save(self.snapshot(), temporary)
+            save_file(self.snapshot(), self.folder / f"generator_{self.epoch:04d}.pt")
         unsaved = time.monotonic() - self.saved
         if last or self.stopping or unsaved > (SAVE_AFTER if within else REST):
             self.save()
@@ -755,9 +774,8 @@ class Run:
         row["epoch"] = math.ceil(self.step / self.steps_per_epoch)
         row["kimg"] = self.step * self.images_per_step / 1000
         columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
-        path = self.folder / "metrics.csv"
-        header = "" if path.exists() else ",".join(columns) + "\n"
-        with path.open("a") as file:
+        with (self.folder / "metrics.csv").open("a") as file:
+            header = "" if file.tell() else ",".join(columns) + "\n"
             file.write(header + ",".join(f"{row[name]:.7g}" for name in columns) + "\n")
         self.marked, self.marked_step = now, self.step
         left = (now - self.started) / (self.step - self.first_step) * (self.steps - self.step)
@@ -812,10 +830,10 @@ class Run:
         for leftover in self.folder.glob("**/.*.tmp"):  # of a killed process
             leftover.unlink()
         if metrics.exists():
-            header, *rows = metrics.read_text().splitlines(keepends=True)
-            rows = [row for row in rows if int(row.partition(",")[0]) <= self.step]
+            lines = [line for line in metrics.open() if line.endswith("\n")]
+            kept = [line for line in lines[1:] if int(line.partition(",")[0]) <= self.step]
             with replacing(metrics) as temporary:
-                temporary.write_text("".join([header, *rows]))
+                temporary.write_text("".join(lines[:1] + kept))
 
     def refresh_batchnorm(self):
         """Estimate G_ema's BatchNorm statistics anew: no copy of G's would fit its weights."""
@@ -845,8 +863,7 @@ class Run:
         seconds = self.seconds + (self.saved - self.started if self.step else 0)
         progress = {"n_images": len(self.images), "seconds": seconds, "pending": self.pending}
         parts = {name: part.state_dict() for name, part in self.state.items()}
-        with replacing(self.folder / "checkpoint.pt") as temporary:
-            torch.save(self.snapshot() | parts | progress, temporary)
+        save_file(self.snapshot() | parts | progress, self.folder / "checkpoint.pt")
 
     def draw(self):
         """Draw training.gif and losses.png."""

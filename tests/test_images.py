@@ -102,7 +102,8 @@ def test_a_damaged_cache_is_made_again(imgs):
     first = np.array(common.load_images("imgs", 16))
     (cached,) = Path(".cache").glob("*.npy")
     whole = cached.read_bytes()
-    for damaged in (b"", whole[:40], whole[:-1], b"x" * len(whole)):
+    bit_flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    for damaged in (b"", whole[:40], whole[:-1], b"x" * len(whole), bit_flipped):
         cached.write_bytes(damaged)
         np.testing.assert_array_equal(common.load_images("imgs", 16), first)
         assert cached.read_bytes() == whole
