@@ -9,6 +9,7 @@ import configparser
 import contextlib
 import csv
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -17,10 +18,13 @@ import math
 import os
 import signal
 import sys
+import tarfile
 import time
+import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +148,7 @@ def augment_policy(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or some of {','.join(AUGMENT)}")
 
 
-def run_parser(script, manual, epochs):
+def run_parser(script, manual, epochs, batch_size):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
     parser = Parser(
         prog=Path(script).name,
@@ -154,12 +158,14 @@ def run_parser(script, manual, epochs):
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
-    add("--dataset", choices=["glyphs"], help="built-in data instead; the default without --path")
+    add("--dataset", choices=["glyphs", *ADDRESSES], help="instead of --path; glyphs: built in")
+    add("--data_dir", default="data", help="where MNIST and CIFAR-10 are, or are downloaded to")
+    add("--label", type=bounded(int, 0, 9), nargs="+", help="train on these classes of them only")
     add("--image_size", type=bounded(int, 1), help="pixels of a side, after a centre crop")
     add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
-    add("--batch_size", type=bounded(int, 2), default=64, help="real images in one update of D")
+    add("--batch_size", type=bounded(int, 2), default=batch_size, help="real in an update")
     add("--ema", type=bounded(float, 0, 1), default=0.999, help="decay of the averaged generator")
     add("--augment", type=augment_policy, default="auto", help="DiffAugment, see AUGMENT in common")
     add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
@@ -172,6 +178,7 @@ def run_parser(script, manual, epochs):
     add("--resume", nargs="?", const="newest", help="run to continue; alone: the newest")
     add("--config", help="a run's config.ini to repeat; flags typed beside it win")
     add("--cache", default=".cache", help="folder for the decoded images")
+    add("--tensorboard", action=switch, default=False, help="log for TensorBoard too")
     add("--summary", action=switch, default=False, help="show the networks' layers and stop")
     return parser
 
@@ -181,7 +188,8 @@ def settings_of(args):
     return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "config", "summary")}
 
 
-MAY_CHANGE = ("epochs", "path", "device", "compile", "checkpoint", "sample_every", "cache")
+MAY_CHANGE = ["epochs", "device", "compile", "checkpoint", "sample_every", "tensorboard"]
+MAY_CHANGE += ["path", "data_dir", "cache"]
 
 
 def parse_flags(parser, argv):
@@ -205,6 +213,10 @@ def parse_flags(parser, argv):
                 raise UserError(f"--{name} is {value} in {folder} and cannot change on --resume")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
+    if args.label and args.dataset not in ADDRESSES:
+        raise UserError(
+            f"--label needs --dataset {' or '.join(ADDRESSES)}: other data has no classes"
+        )
     return args
 
 
@@ -214,6 +226,8 @@ def as_argv(settings):
     for name, value in settings.items():
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
         elif value is not None:
             argv.append(f"--{name}={value}")
     return argv
@@ -281,6 +295,10 @@ def load_data(args):
     """The images that the flags name, uint8 (N, H, W, C); settles --augment auto."""
     if args.path:
         images = load_images(args.path, args.image_size, args.channels, args.cache)
+    elif args.dataset in ADDRESSES:
+        images, labels = read_dataset(args.dataset, args.data_dir)
+        images = images[np.isin(labels, args.label)] if args.label else images
+        images = resized(images, args.image_size, args.channels)
     else:
         images = draw_glyphs(args.image_size, channels=1 if args.channels == "1" else 3)
     if args.augment == "auto":
@@ -427,17 +445,134 @@ def decode(file, image_size=None, channels=3):
     return pixels, transparent
 
 
-GLYPHS = "ABCDEFGHJKLMNPRSTUVWXYZ2345678"  # no look-alikes of others: 0 1 9 I O Q
+ADDRESSES = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
+}
+MNIST = {  # IDX files: header (type, then the sizes of the axes), sha256 of the whole
+    "train-images-idx3-ubyte": (
+        "000008030000ea600000001c0000001c",
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "train-labels-idx1-ubyte": (
+        "000008010000ea60",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+}
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the .tar.gz
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError)
 
 
-def draw_glyphs(image_size, channels=3, n=6400, seed=0):
+def read_dataset(name, data_dir):
+    """The training split of "mnist" or "cifar10": uint8 images (N, H, W, C) and labels (N,).
+
+    Read from `data_dir`, downloaded into it if nothing is there. Files that are there are checked
+    for size and layout, downloads for their checksum; UserError if that fails.
+    """
+    folder = Path(data_dir)
+    if name == "mnist":
+        pixels, labels = (find_or_fetch(name, folder, f"{file}.gz", read_mnist) for file in MNIST)
+        return pixels.reshape(-1, 28, 28, 1), labels
+    records = find_or_fetch(name, folder, "cifar-10-binary.tar.gz", read_cifar10).reshape(-1, 3073)
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
+
+
+def find_or_fetch(dataset, folder, name, read):
+    """Content of the file `name` in one of its usual places below `folder`, or downloaded."""
+    plain = name.removesuffix(".gz")
+    places = [name, plain, f"MNIST/raw/{name}", f"MNIST/raw/{plain}"]
+    if dataset == "cifar10":
+        places = [name, "cifar-10-batches-bin"]
+    for path in (folder / place for place in places):
+        if path.exists():
+            try:
+                return read(path)
+            except UNREADABLE as error:
+                raise UserError(f"{path} is no {plain} ({error}): remove it") from None
+    failures = []
+    for address in ADDRESSES[dataset]:
+        try:
+            download(address + name, folder / name, functools.partial(read, verify=True))
+            return read(folder / name)
+        except (HTTPException, *UNREADABLE) as error:
+            failures.append(f"{address}{name}: {error or type(error).__name__}")
+    raise UserError(f"no {name} in {folder}, and no download ({'; '.join(failures)}): put it there")
+
+
+def download(url, path, check):
+    """Fetch a file, with progress; it takes its name only once it is complete and checked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line, done = ProgressLine(), 0
+    with urllib.request.urlopen(url, timeout=30) as response, replacing(path) as part:
+        total = int(response.headers.get("Content-Length", 0))
+        with part.open("wb") as file:
+            while block := response.read(1 << 16):
+                done += file.write(block)
+                line.show(f"{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB", last=done == total)
+        if done < total:
+            raise EOFError(f"only {done:,} of {total:,} bytes came")
+        check(part)
+
+
+def read_mnist(path, verify=False):
+    """The values of an IDX file, plain or gzipped."""
+    name = next(file for file in MNIST if file in path.name)
+    header, sha256 = bytes.fromhex(MNIST[name][0]), MNIST[name][1]
+    size = len(header) + math.prod(np.frombuffer(header, ">i4")[1:].tolist())
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if is_gzip else open)(path, "rb") as file:
+        content = file.read(size + 1)  # a byte more would not be MNIST
+    if len(content) != size or not content.startswith(header):
+        raise ValueError("wrong size or header")
+    if verify and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("wrong checksum")
+    return np.frombuffer(content, np.uint8)[len(header) :]
+
+
+def read_cifar10(path, verify=False):
+    """The records of the five training batches, from the .tar.gz or the folder it unpacks to."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    if verify and hashlib.md5(path.read_bytes()).hexdigest() != CIFAR10_MD5:
+        raise ValueError("wrong checksum")
+    if path.is_dir():
+        batches = [(path / name).read_bytes() for name in names]
+    else:
+        with tarfile.open(path) as archive:  # read, never unpacked
+            members = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+            batches = [member.read(30_730_001) for member in members]
+    records = np.frombuffer(b"".join(batches), np.uint8)
+    if any(len(batch) != 10_000 * 3073 for batch in batches) or records[::3073].max() > 9:
+        raise ValueError("wrong size or labels")
+    return records
+
+
+def resized(images, image_size, channels):
+    """uint8 (N, H, W, C) at another size, and in grey or colour where asked for."""
+    if images.shape[1] != image_size:
+        size, bicubic = (image_size, image_size), Image.Resampling.BICUBIC
+        images = np.stack([np.asarray(to_picture(row).resize(size, bicubic)) for row in images])
+        images = images.reshape(len(images), image_size, image_size, -1)
+    if channels == "1" and images.shape[-1] == 3:
+        grey = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's
+        return (images @ grey).round().astype(np.uint8)[..., None]
+    return images.repeat(3, -1) if channels == "3" and images.shape[-1] == 1 else images
+
+
+GLYPHS = "ABEHKSTX2345"  # few and unlike: a small network learns them in minutes
+
+
+def draw_glyphs(image_size, channels=3, n=4800, seed=0):
     """n coloured characters in Pillow's own font, uint8 (n, image_size, image_size, channels)."""
     rng = np.random.default_rng(seed)
     side = 3 * image_size  # drawn large, turned, then reduced: smooth edges
     fonts = [ImageFont.load_default(side * share) for share in (0.7, 0.8, 0.9)]
     images = []
     for _ in range(n):
-        mask, place = Image.new("L", (side, side)), side * rng.uniform(0.42, 0.58, 2)
+        mask, place = Image.new("L", (side, side)), side * rng.uniform(0.45, 0.55, 2)
         font, glyph = fonts[rng.integers(3)], GLYPHS[rng.integers(len(GLYPHS))]
         style = {"font": font, "anchor": "mm", "stroke_width": side // 40}
         ImageDraw.Draw(mask).text(tuple(place), glyph, 255, **style)
@@ -516,6 +651,9 @@ def generate(G, latents):
 
 def augment(images, policy):
     """DiffAugment (Zhao et al., 2020, arXiv:2006.10738) of (N, C, H, W), see AUGMENT."""
+
+    if policy == "none":
+        return images
 
     def rand(*shape):
         return torch.rand(len(images), *shape, device=images.device)
@@ -637,6 +775,14 @@ SAVE_AFTER = 600  # seconds between checkpoints within an epoch
 REST = 30  # seconds: ends of epochs that follow the last checkpoint faster write none
 
 
+def tensorboard_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
+
+
 def variant_of(script):
     return Path(script).stem.removeprefix("train_")
 
@@ -662,6 +808,7 @@ class Run:
         self.steps = args.epochs * self.steps_per_epoch
         self.step, self.seconds, self.pending, self.stopping = 0, 0.0, [], False
         self.order, self.fresh_step, self.line = (None, None), None, ProgressLine()
+        writer = tensorboard_writer() if args.tensorboard else None
         self.folder = args.resume or self.new_folder()
         (self.folder / "samples").mkdir(exist_ok=True)
         if args.resume:
@@ -670,6 +817,8 @@ class Run:
             lines = [f"{name} = {json.dumps(v)}\n" for name, v in settings_of(args).items()]
             ini = f"[{self.script}]\n{''.join(lines)}"
             (self.folder / "config.ini").write_text(ini, encoding="utf-8")
+
+        self.writer = writer and writer(self.folder, purge_step=self.step + 1)
 
     @property
     def epoch(self):
@@ -702,22 +851,23 @@ class Run:
             raise KeyboardInterrupt
 
     def remaining_steps(self):
-        images, device = self.images, self.device
+        images, device, ahead, coming = self.images, self.device, None, None
         if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
             images = torch.from_numpy(np.array(images)).to(device)
+        elif device.type == "cuda":
+            ahead = ThreadPoolExecutor(1)  # reads the next batch while the GPU works on this one
         self.started = self.marked = self.saved = time.monotonic()
         self.first_step = self.marked_step = self.step
-        with ThreadPoolExecutor(1) as ahead:  # fetches the next batch during a step
-            batch = ahead.submit(self.fetch, images, self.step)
-            while self.step < self.steps and not self.stopping:
-                real = batch.result().to(device, non_blocking=True)
-                batch = ahead.submit(self.fetch, images, self.step + 1)
-                torch.manual_seed(mixed(self.args.seed, "step", self.step))
-                real = real.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)  # channels_last
-                if self.args.flip:
-                    mirrored = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
-                    real = torch.where(mirrored, real.flip(3), real)
-                yield real
+        while self.step < self.steps and not self.stopping:
+            real = coming.result() if coming else self.fetch(images, self.step)
+            coming = ahead and ahead.submit(self.fetch, images, self.step + 1)
+            torch.manual_seed(mixed(self.args.seed, "step", self.step))
+            real = real.to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
+            real = real.float().div_(127.5).sub_(1)
+            if self.args.flip:
+                mirrored = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
+                real = torch.where(mirrored, real.flip(3), real)
+            yield real
 
     def fetch(self, images, step):
         """The images (k * batch_size, H, W, C) of a step, uint8; in an epoch each at most once."""
@@ -777,6 +927,9 @@ class Run:
         with (self.folder / "metrics.csv").open("a") as file:
             header = "" if file.tell() else ",".join(columns) + "\n"
             file.write(header + ",".join(f"{row[name]:.7g}" for name in columns) + "\n")
+        if self.writer:
+            for name in columns:
+                self.writer.add_scalar(name, row[name], self.step)
         self.marked, self.marked_step = now, self.step
         left = (now - self.started) / (self.step - self.first_step) * (self.steps - self.step)
         self.line.show(
@@ -846,7 +999,11 @@ class Run:
     def sample(self):
         self.refresh_batchnorm()
         images = generate(self.state["G_ema"], latents(self.z, self.args.seed, range(CHUNK)))
-        save_grid(images, self.folder / f"samples/epoch_{self.epoch:04d}.png")
+        path = self.folder / f"samples/epoch_{self.epoch:04d}.png"
+        save_grid(images, path)
+        if self.writer:
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            self.writer.add_image("samples", pixels, self.step, dataformats="HWC")
 
     def snapshot(self):
         """All that generate.py needs, and where it comes from."""
@@ -867,6 +1024,8 @@ class Run:
 
     def draw(self):
         """Draw training.gif and losses.png."""
+        if self.writer:
+            self.writer.close()
         grids = [Image.open(path) for path in sorted(self.folder.glob("samples/epoch_*.png"))]
         save_gif(grids, self.folder / "training.gif")
         with (self.folder / "metrics.csv").open() as file:

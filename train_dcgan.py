@@ -21,7 +21,7 @@ import common
 
 
 def get_args(argv):
-    parser = common.run_parser(__file__, __doc__, epochs=50)
+    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=64)
     number, rate = common.bounded(int, 1), common.bounded(float, 0)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")

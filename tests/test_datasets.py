@@ -1,0 +1,213 @@
+"""MNIST and CIFAR-10: found in their usual places, downloaded, checked."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import shutil
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common
+
+IMAGES, LABELS = common.MNIST
+
+
+def mnist_files():
+    """A made-up MNIST of the right size: {name: content}."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=60_000 * 784, dtype=np.uint8).tobytes()
+    labels = (np.arange(60_000) % 10).astype(np.uint8).tobytes()
+    contents = zip(common.MNIST.items(), (pixels, labels))
+    return {name: bytes.fromhex(header) + body for (name, (header, _)), body in contents}
+
+
+def cifar10_archive(members=None):
+    """A made-up CIFAR-10 archive; `members` replaces its files."""
+    if members is None:
+        records = np.zeros((10_000, 3073), np.uint8)
+        records[:, 0] = np.arange(10_000) % 10
+        records[:, 1 : 1 + 1024] = 7  # red
+        members = {
+            f"cifar-10-batches-bin/data_batch_{i}.bin": records.tobytes() for i in range(1, 6)
+        }
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return mnist_files()
+
+
+@pytest.mark.parametrize("place", ["data/{}", "data/{}.gz", "data/MNIST/raw/{}.gz"])
+def test_mnist_is_found_in_its_usual_places(mnist, place):
+    for name, content in mnist.items():
+        path = Path(place.format(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(content, 0) if path.suffix == ".gz" else content)
+    images, labels = common.read_dataset("mnist", "data")
+    assert images.shape == (60_000, 28, 28, 1) and labels.tolist() == [*range(10)] * 6000
+    assert images.tobytes() == mnist[IMAGES][16:]
+
+
+def test_a_local_file_of_another_size_or_layout_is_refused(mnist):
+    Path("data").mkdir()
+    Path("data", LABELS).write_bytes(mnist[LABELS])
+    wrong = (
+        mnist[IMAGES][:-1],
+        mnist[IMAGES] + b"0",
+        b"\1" + mnist[IMAGES][1:],
+        b"\x1f\x8bno gzip",
+    )
+    for content in wrong:
+        Path("data", IMAGES).write_bytes(content)
+        with pytest.raises(common.UserError, match=f"data/{IMAGES} is no {IMAGES}"):
+            common.read_dataset("mnist", "data")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cifar10_from_the_archive_or_its_files(packed):
+    Path("data").mkdir()
+    Path("data/cifar-10-binary.tar.gz").write_bytes(cifar10_archive())
+    if not packed:
+        with tarfile.open("data/cifar-10-binary.tar.gz") as archive:
+            archive.extractall("data", filter="data")
+        Path("data/cifar-10-binary.tar.gz").unlink()
+    images, labels = common.read_dataset("cifar10", "data")
+    assert images.shape == (50_000, 32, 32, 3) and labels.tolist() == [*range(10)] * 5000
+    assert (images == (7, 0, 0)).all()
+
+
+def test_nothing_of_an_archive_is_written_outside_or_inside():
+    evil = cifar10_archive({"../x": b"evil", "cifar-10-batches-bin/data_batch_1.bin": b"short"})
+    Path("data").mkdir()
+    Path("data/cifar-10-binary.tar.gz").write_bytes(evil)
+    with pytest.raises(common.UserError, match="is no cifar-10-binary.tar"):
+        common.read_dataset("cifar10", "data")
+    assert [str(path) for path in Path().rglob("*.*")] == ["data/cifar-10-binary.tar.gz"]
+
+
+def test_labels_sizes_and_channels(mnist, monkeypatch):
+    images = np.arange(20 * 28 * 28, dtype=np.uint8).reshape(20, 28, 28, 1)
+    monkeypatch.setattr(common, "read_dataset", lambda *_: (images, np.arange(20) % 10))
+    import train_dcgan
+    import train_fcgan
+
+    load = lambda get_args, *argv: common.load_data(get_args(["--dataset=mnist", *argv]))
+    np.testing.assert_array_equal(load(train_fcgan.get_args), images)
+    np.testing.assert_array_equal(
+        load(train_fcgan.get_args, "--label", "3", "7"), images[[3, 7, 13, 17]]
+    )
+    assert load(train_dcgan.get_args, "--channels=3").shape == (20, 32, 32, 3)
+    with pytest.raises(common.UserError, match="--label needs --dataset mnist or cifar10"):
+        train_fcgan.get_args(["--path=imgs", "--label", "3"])
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files`; `trouble` says what goes wrong: slow, cut, wrong, missing or nothing."""
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.trouble, self.asked = files, "", []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server_port}/"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, name = self.server, self.path.rpartition("/")[2]
+        server.asked.append(name)
+        if server.trouble == "missing" or name not in server.files:
+            return self.send_error(404)
+        content = server.files[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if server.trouble == "wrong":
+            content = bytes(len(content))
+        if server.trouble == "cut":
+            content = content[: len(content) // 2]
+        half = len(content) // 2
+        self.wfile.write(content[:half])
+        if server.trouble == "slow":
+            time.sleep(0.5)
+        self.wfile.write(content[half:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(mnist, monkeypatch):
+    packed = {f"{name}.gz": gzip.compress(content, 0) for name, content in mnist.items()}
+    archive = {"cifar-10-binary.tar.gz": cifar10_archive()}
+    server = Server(packed | archive)
+    sums = {n: (h, hashlib.sha256(mnist[n]).hexdigest()) for n, (h, _) in common.MNIST.items()}
+    monkeypatch.setattr(common, "MNIST", sums)
+    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(*archive.values()).hexdigest())
+    addresses = {"mnist": (server.address,), "cifar10": (server.address,)}
+    monkeypatch.setattr(common, "ADDRESSES", addresses)
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("dataset, files", [("mnist", 2), ("cifar10", 1)])
+def test_a_download_happens_once(server, dataset, files, capsys):
+    server.trouble = "slow"
+    first, _ = common.read_dataset(dataset, "data")
+    again, _ = common.read_dataset(dataset, "data")
+    assert len(server.asked) == files and np.array_equal(first, again)
+    assert server.address in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "trouble, message", [("cut", "bytes came"), ("wrong", "wrong|gzip"), ("missing", "404")]
+)
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_a_failed_download_leaves_nothing_and_the_next_start_works(
+    server, dataset, trouble, message
+):
+    server.trouble = trouble
+    with pytest.raises(common.UserError, match=message) as error:
+        common.read_dataset(dataset, "data")
+    assert server.address in str(error.value) and "put it there" in str(error.value)
+    assert "\n" not in str(error.value) and not list(Path("data").iterdir())
+    server.trouble = ""
+    assert len(common.read_dataset(dataset, "data")[0]) in (50_000, 60_000)
+
+
+def test_the_second_address_is_tried(server, monkeypatch):
+    addresses = {"mnist": ("http://127.0.0.1:1/", server.address)}
+    monkeypatch.setattr(common, "ADDRESSES", addresses)
+    assert len(common.read_dataset("mnist", "data")[0]) == 60_000
+
+
+def test_an_archive_with_a_member_outside_is_refused(server, monkeypatch):
+    evil = cifar10_archive({"../x": b"evil"})
+    server.files["cifar-10-binary.tar.gz"] = evil
+    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(evil).hexdigest())
+    with pytest.raises(common.UserError, match="data_batch_1.bin"):
+        common.read_dataset("cifar10", "data")
+    assert not Path("x").exists() and not list(Path("data").iterdir())
+
+
+def test_real_mnist(real_data):
+    shutil.copytree(real_data / "mnist", "data")
+    images, labels = common.read_dataset("mnist", "data")
+    assert np.bincount(labels).tolist() == [
+        *(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)  # as published
+    ]
+    assert images.mean() / 255 == pytest.approx(0.1307, abs=1e-4)
+    for name in common.MNIST:
+        common.read_mnist(Path("data", f"{name}.gz"), verify=True)
