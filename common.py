@@ -8,6 +8,7 @@ import argparse
 import configparser
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import os
 import signal
 import sys
 import tarfile
+import threading
 import time
 import urllib.request
 import zipfile
@@ -44,14 +46,19 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def exit_codes():
     """Turn what the user can mend into one line and exit code 2, and a stop into exit code 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "out of memory: lower --batch_size or --width"
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
+            message = "out of memory: lower --batch_size or --width"
+        elif not isinstance(error, (UserError, OSError)):
+            raise
+        line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -61,12 +68,17 @@ def replacing(path):
 
     Whatever interrupts the block, `path` holds its old content or the new one, never a part.
     """
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    own = f".{Path(path).name}.{os.getpid()}-{threading.get_ident()}.part"
+    temporary = Path(path).with_name(own)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left for {path}: what was there is unchanged") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -75,6 +87,9 @@ def save_file(content, path):
     """Write a dict of tensors and plain types; through a file object, whose errors are OSErrors."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
+
+
+PARTS = {"script": str, "generator_args": dict, "z": dict, "config": dict, "G_ema": dict}
 
 
 def load_file(path):
@@ -89,8 +104,9 @@ def load_file(path):
     except Exception as error:  # a damaged archive raises whatever its reader stumbles on
         reason = str(error).partition("\n")[0][:100]
         raise UserError(f"{path} is damaged or no file of these scripts ({reason})") from None
-    needed = {"script", "generator_args", "z", "config", "G_ema"}
-    if not isinstance(content, dict) or not needed <= content.keys():
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in PARTS.items()
+    ):
         raise UserError(f"{path} is neither a checkpoint nor a snapshot")
     return content
 
@@ -322,7 +338,7 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             decode_all([name for name, *_ in files], open_image, image_size, channels, cached)
-        except OSError as error:
+        except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
         images = open_cached(cached)
     listed = f"listed with the reasons in {cached.with_suffix('.txt')}"
@@ -348,7 +364,10 @@ def image_files(path):
                     files.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
         open_image = functools.partial(open, mode="rb")
     elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path} is a damaged .zip ({error})") from None
         files = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
         files = [file for file in files if file[0].lower().endswith(ENDINGS)]
         open_image = lambda name: io.BytesIO(archive.read(name))
@@ -413,7 +432,8 @@ def decode_all(names, open_image, image_size, channels, cached):
             file.write(checksum.to_bytes(4, "big"))
             file.seek(0)
             write_header()
-        cached.with_suffix(".txt").write_text("".join(errors), encoding="utf-8")
+        notes = "".join(errors).encode("utf-8", "backslashreplace")  # odd file names
+        cached.with_suffix(".txt").write_bytes(notes)
     if transparent:
         print(f"{transparent:,} images have transparency: laid on white")
 
@@ -715,8 +735,15 @@ def to_picture(pixels):
 
 def save_image(pixels, path):
     """Save uint8 (H, W, C) as a PNG."""
+    write_picture(path, to_picture(pixels), "PNG")
+
+
+def write_picture(path, image, kind, **options):
+    """Encoded in memory first: Pillow's own writing hides that a disk is full."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
     with replacing(path) as temporary:
-        to_picture(pixels).save(temporary, "PNG")
+        temporary.write_bytes(buffer.getvalue())
 
 
 def save_grid(images, path, columns=None, gap=2):
@@ -737,8 +764,7 @@ def save_gif(pictures, path, most=200):
         frames.append(pictures[i].convert("P", palette=Image.Palette.ADAPTIVE))
     times = [max(40, 10_000 // len(frames))] * (len(frames) - 1) + [2000]  # ms; rests on the last
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-    with replacing(path) as temporary:
-        frames[0].save(temporary, "GIF", **options)
+    write_picture(path, frames[0], "GIF", **options)
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -971,16 +997,19 @@ class Run:
         try:
             for name, part in self.state.items():
                 part.load_state_dict(run[name])
+                for p, held in part.state.items() if name.startswith("opt") else ():
+                    if held["exp_avg"].shape != p.shape or held["exp_avg_sq"].shape != p.shape:
+                        raise ValueError(f"{name} has other shapes")
             self.step, self.seconds, n_images = run["step"], run["seconds"], run["n_images"]
             self.pending = [
                 {k: v.to(self.device) for k, v in row.items()} for row in run["pending"]
             ]
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path} does not fit {self.script}.py ({reason})") from None
         if n_images != len(self.images):
             raise UserError(f"{path} knows {n_images} images, not {len(self.images)}: start anew")
-        for leftover in self.folder.glob("**/.*.tmp"):  # of a killed process
+        for leftover in self.folder.glob("**/.*.part"):  # of a killed process
             leftover.unlink()
         if metrics.exists():
             lines = [line for line in metrics.open() if line.endswith("\n")]

@@ -63,9 +63,13 @@ def load_generator(path=None, device="cpu"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
+        with torch.device("meta"):  # do the shapes fit? Before memory is taken for them
+            shapes = module.Generator(**snapshot["generator_args"])
+        shapes.load_state_dict(snapshot["G_ema"], assign=True)
         G = module.Generator(**snapshot["generator_args"])
         G.load_state_dict(snapshot["G_ema"])
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        common.draw_z(snapshot["z"], 1)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise common.UserError(f"{path} does not fit {script.name} ({reason})") from None
     return G.to(device).requires_grad_(False).eval(), snapshot["z"]

@@ -1,7 +1,9 @@
 """Fully connected GAN (Goodfellow et al., 2014, arXiv:1406.2661) on MNIST, CIFAR-10 or a folder.
 
 No convolutions: G and D are stacks of linear layers that see an image as one long row of pixels.
-That is enough for digits, and the shortest way to see what the two losses do.
+That is enough for digits, and the shortest way to see what the two losses do. As published, without
+BatchNorm in G and dropout in D (--norm none --dropout 0), D wins after ten epochs and every sample
+becomes the same; see the README.
 
     python train_fcgan.py                              # MNIST, downloaded once into data/
     python train_fcgan.py --dataset cifar10 --label 7  # CIFAR-10's horses alone
@@ -40,6 +42,8 @@ def get_args(argv):
     add("--lrg", type=rate, default=2e-4, help="Adam's rate for G")
     add("--beta1", type=common.bounded(float, 0, 0.999), default=0.5, help="Adam's momentum")
     add("--k", type=common.bounded(int, 1), default=1, help="batches for D per update of G")
+    add("--norm", choices=["batch", "none"], default="batch", help="of G; none: published")
+    add("--dropout", type=common.bounded(float, 0, 0.9), default=0.3, help="in D; 0: as published")
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in G and D")
     switch = argparse.BooleanOptionalAction
     add("--flip_labels", action=switch, default=False, help="D says 0 for real and 1 for fake")
@@ -55,21 +59,18 @@ def get_args(argv):
     return args
 
 
-def stack(widths, alpha):
-    """Linear layers between neighbouring widths, LeakyReLU between them."""
-    layers = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.LeakyReLU(alpha, inplace=True)]
-    return nn.Sequential(*layers[:-1])
-
-
 class Generator(nn.Module):
     """z (N, z_dim) -> images (N, channels, image_size, image_size) in [-1, 1]."""
 
-    def __init__(self, image_size, channels, z_dim, hidden, alpha):
+    def __init__(self, image_size, channels, z_dim, hidden, norm="batch", alpha=0.2):
         super().__init__()
-        self.shape = channels, image_size, image_size
-        self.layers = stack([z_dim, *hidden, channels * image_size**2], alpha)
+        self.shape, layers = (channels, image_size, image_size), []
+        for before, after in itertools.pairwise([z_dim, *hidden]):
+            layers.append(nn.Linear(before, after))
+            layers += [nn.BatchNorm1d(after)] if norm == "batch" else []
+            layers.append(nn.LeakyReLU(alpha, inplace=True))
+        layers.append(nn.Linear(hidden[-1], channels * image_size**2))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, z):
         return torch.tanh(self.layers(z).float()).view(-1, *self.shape)
@@ -78,9 +79,13 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, image_size, image_size) -> logits (N,), float32; D(x) = sigmoid."""
 
-    def __init__(self, image_size, channels, hidden, alpha):
+    def __init__(self, image_size, channels, hidden, dropout=0.3, alpha=0.2):
         super().__init__()
-        self.layers = stack([channels * image_size**2, *hidden, 1], alpha)
+        layers = []
+        for before, after in itertools.pairwise([channels * image_size**2, *hidden]):
+            layers += [nn.Linear(before, after), nn.LeakyReLU(alpha, inplace=True)]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, images):
         return self.layers(images.flatten(1)).flatten().float()
@@ -129,8 +134,9 @@ def train(*argv, **flags):
 
     size = {"image_size": args.image_size, "channels": images.shape[-1], "alpha": args.alpha}
     hidden_g, hidden_d = ([*map(int, text.split(","))] for text in (args.hidden_g, args.hidden_d))
-    generator_args = size | {"z_dim": args.z_dim, "hidden": hidden_g}
-    G, D = Generator(**generator_args), Discriminator(**size, hidden=hidden_d)
+    generator_args = size | {"z_dim": args.z_dim, "hidden": hidden_g, "norm": args.norm}
+    G = Generator(**generator_args)
+    D = Discriminator(**size, hidden=hidden_d, dropout=args.dropout)
     if args.summary:
         print(common.summary(G, torch.zeros(1, args.z_dim)))
         print(common.summary(D, torch.zeros(1, *G.shape)))

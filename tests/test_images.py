@@ -107,7 +107,7 @@ def test_a_damaged_cache_is_made_again(imgs):
         cached.write_bytes(damaged)
         np.testing.assert_array_equal(common.load_images("imgs", 16), first)
         assert cached.read_bytes() == whole
-    assert not list(Path(".cache").glob("*.tmp"))
+    assert not list(Path(".cache").glob(".*"))
 
 
 def test_errors_say_where_was_searched(imgs):

@@ -119,7 +119,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(imgs):
     killed = train_dcgan.train(**SMALL | {"epochs": 3}, out="killed")
     with (killed / "metrics.csv").open("a") as file:
         file.write("10,4,0.08,1,1,1,1,1,1,1\n11,4,0.0")
-    (killed / ".checkpoint.pt.77.tmp").write_text("half")
+    (killed / ".checkpoint.pt.77-8.part").write_text("half")
     train_dcgan.train(resume=killed, epochs=6)
     assert_same_run(whole, killed)
     assert not list(killed.glob(".*"))

@@ -1,0 +1,92 @@
+"""Kill a training run again and again; it must end with the bits of one that was left alone.
+
+    python tests/kill_loop.py --kills 30      # about three minutes
+
+A small run (decoding, steps, checkpoints, sample grids, metrics.csv, the GIF) is killed with
+SIGKILL at random moments after its start, and each time started again: resumed where a checkpoint
+exists, from the beginning where none does. Now and then the cache of decoded images goes too, so
+that it is built, and killed, anew.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import ROOT, write_images
+
+# The script as it is, but with a checkpoint at every end of an epoch, so that kills hit some.
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.REST = 0; "
+START += "import train_dcgan; print('imported', flush=True); train_dcgan.main()"
+FLAGS = ["--path=imgs", "--image_size=16", "--width=8", "--batch_size=4", "--checkpoint=1"]
+
+
+def start(*flags):
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{output[-2000:]}\n{errors[-2000:]}\nexit code {process.returncode}")
+
+
+def kill_loop(kills, seed=0, epochs=8):
+    """Run it in the current folder; returns the two folders and the steps at which kills struck."""
+    chance, steps = random.Random(seed), []
+    write_images(Path("imgs"), 150)
+    began = time.monotonic()
+    finish(start(*FLAGS, f"--epochs={epochs}", "--out=whole"))
+    length = time.monotonic() - began - 2.5  # without the imports
+    for _ in range(kills):
+        if chance.random() < 0.3:
+            shutil.rmtree(".cache", ignore_errors=True)
+        process = start(*again(epochs))
+        process.stdout.readline()  # imported
+        time.sleep(chance.uniform(0, max(1.0, 0.6 * length)))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        checkpoint = Path("killed/checkpoint.pt")
+        steps.append(torch.load(checkpoint)["step"] if checkpoint.exists() else None)
+    finish(start(*again(epochs)))
+    return "whole", "killed", steps
+
+
+def again(epochs):
+    if Path("killed/checkpoint.pt").exists():
+        return ["--resume=killed", f"--epochs={epochs}"]
+    return [*FLAGS, f"--epochs={epochs}", "--out=killed"]
+
+
+def main():
+    from test_run import assert_same_run
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    import os
+
+    os.chdir(tempfile.mkdtemp())
+    whole, killed, steps = kill_loop(args.kills, args.seed, epochs=2 * args.kills)
+    print(f"the checkpoint's step after each kill: {steps}")
+    assert_same_run(whole, killed)
+    print(f"{args.kills} kills: the same bits as without")
+
+
+if __name__ == "__main__":
+    main()
