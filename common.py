@@ -249,6 +249,12 @@ def as_argv(settings):
     return argv
 
 
+def write_ini(path, section, settings):
+    """One setting a line, in JSON, whose quotes let any path survive."""
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in settings.items()]
+    path.write_text(f"[{section}]\n{''.join(lines)}", encoding="utf-8")
+
+
 def read_ini(path, parser):
     """The settings of an INI file as flags; an unknown name or a wrong value is a UserError."""
     ini = configparser.ConfigParser(interpolation=None, delimiters="=")
@@ -839,11 +845,8 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         if args.resume:
             self.restore()
-        else:  # in JSON, whose quotes let any path survive
-            lines = [f"{name} = {json.dumps(v)}\n" for name, v in settings_of(args).items()]
-            ini = f"[{self.script}]\n{''.join(lines)}"
-            (self.folder / "config.ini").write_text(ini, encoding="utf-8")
-
+        else:
+            write_ini(self.folder / "config.ini", self.script, settings_of(args))
         self.writer = writer and writer(self.folder, purge_step=self.step + 1)
 
     @property
