@@ -54,7 +54,7 @@ def exit_codes():
     except Exception as error:
         message = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
-            message = "out of memory: lower --batch_size or --width"
+            message = "out of memory: lower --batch_size, --width or --image_size"
         elif not isinstance(error, (UserError, OSError)):
             raise
         line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
@@ -111,12 +111,16 @@ def load_file(path):
     return content
 
 
-def newest_run(pattern="*"):
-    """The folder under runs/ whose checkpoint was written last."""
-    checkpoints = list(Path("runs").glob(f"{pattern}/checkpoint.pt"))
-    if not checkpoints:
-        raise UserError(f"there is no run in runs/{pattern}: train one first, or name its folder")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+def newest_run(script=None):
+    """The folder in runs/ whose checkpoint was written last, of this script where one is named."""
+    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
+    if script:
+        inis = [run / "config.ini" for run in runs]
+        runs = [ini.parent for ini in inis if ini.exists() and f"[{script}]" in ini.read_text()]
+    if not runs:
+        kind = f"of {script}.py " if script else ""
+        raise UserError(f"there is no run {kind}in runs/: train one first, or name its folder")
+    return max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
 
 
 class ProgressLine:
@@ -134,6 +138,10 @@ class ProgressLine:
 
 
 # ----------------------------------------------------------------------------------------- flags
+
+
+class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,22 +174,18 @@ def augment_policy(text):
 
 def run_parser(script, manual, epochs, batch_size):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
-    parser = Parser(
-        prog=Path(script).name,
-        description=manual,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    name = Path(script).name
+    parser = Parser(name, None, manual, formatter_class=HelpLayout, allow_abbrev=False)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
     add("--dataset", choices=["glyphs", *ADDRESSES], help="instead of --path; glyphs: built in")
     add("--data_dir", default="data", help="where MNIST and CIFAR-10 are, or are downloaded to")
     add("--label", type=bounded(int, 0, 9), nargs="+", help="train on these classes of them only")
-    add("--image_size", type=bounded(int, 1), help="pixels of a side, after a centre crop")
+    add("--image_size", type=bounded(int, 1, 1024), help="pixels of a side, after a centre crop")
     add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
-    add("--batch_size", type=bounded(int, 2), default=batch_size, help="real in an update")
+    add("--batch_size", type=bounded(int, 2), default=batch_size, help="real images for D")
     add("--ema", type=bounded(float, 0, 1), default=0.999, help="decay of the averaged generator")
     add("--augment", type=augment_policy, default="auto", help="DiffAugment, see AUGMENT in common")
     add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
@@ -212,20 +216,22 @@ def parse_flags(parser, argv):
     """Parse; the settings of --config or of the run to --resume go before what was typed."""
     args = parser.parse_args(argv)
     if args.config:
-        args = parser.parse_args([*read_ini(args.config, parser), *argv])
+        settings = read_ini(args.config, parser)
+        if args.path or args.dataset:  # other data than in the file
+            settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
+        args = parser.parse_args([*as_argv(settings), *argv])
     if args.resume:
         if args.out or args.config:
             raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
         script = Path(parser.prog).stem
-        newest = args.resume == "newest"
-        folder = newest_run(f"{variant_of(script)}-*") if newest else Path(args.resume)
+        folder = newest_run(script) if args.resume == "newest" else Path(args.resume)
         run = load_file(folder / "checkpoint.pt")
         if run["script"] != script:
             raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
         args = parser.parse_args([*as_argv(run["config"]), *argv])
         args.resume = folder
         for name, value in run["config"].items():
-            if name not in MAY_CHANGE and getattr(args, name) != value:
+            if name not in MAY_CHANGE and getattr(args, name, None) != value:
                 raise UserError(f"--{name} is {value} in {folder} and cannot change on --resume")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
@@ -252,11 +258,12 @@ def as_argv(settings):
 def write_ini(path, section, settings):
     """One setting a line, in JSON, whose quotes let any path survive."""
     lines = [f"{name} = {json.dumps(value)}\n" for name, value in settings.items()]
-    path.write_text(f"[{section}]\n{''.join(lines)}", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(f"[{section}]\n{''.join(lines)}", encoding="utf-8")
 
 
 def read_ini(path, parser):
-    """The settings of an INI file as flags; an unknown name or a wrong value is a UserError."""
+    """The settings of an INI file; an unknown name or a wrong value is a UserError."""
     ini = configparser.ConfigParser(interpolation=None, delimiters="=")
     settings, known = {}, settings_of(parser.parse_args([]))
     try:
@@ -270,7 +277,7 @@ def read_ini(path, parser):
         parser.parse_args(as_argv(settings))
     except (OSError, ValueError, configparser.Error) as error:
         raise UserError(f"--config {path}: {error}".partition("\n")[0]) from None
-    return as_argv(settings)
+    return settings
 
 
 # --------------------------------------------------------------------------------------- devices
@@ -282,8 +289,8 @@ def choose_device(name):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()
+    except Exception:  # each backend that is missing raises something else
         raise UserError(f"--device {name} is not available here: try cpu") from None
     return device
 
@@ -367,7 +374,8 @@ def image_files(path):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for file in (os.path.join(folder, name) for name in names if name[0] != "."):
                 if file.lower().endswith(ENDINGS):
-                    files.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
+                    stat = os.stat(file) if os.path.exists(file) else os.lstat(file)  # broken link
+                    files.append((file, stat.st_size, stat.st_mtime_ns))
         open_image = functools.partial(open, mode="rb")
     elif zipfile.is_zipfile(path):
         try:
@@ -379,10 +387,10 @@ def image_files(path):
         open_image = lambda name: io.BytesIO(archive.read(name))
     else:
         state = "is neither a folder nor a .zip" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}: pass --path FOLDER")
+        raise UserError(f"{path} {state}: pass a folder or .zip of images")
     if not files:
         searched = f"{' '.join(ENDINGS)}, also in subfolders that are no run"
-        raise UserError(f"no images in {path} (looked for {searched}): pass --path FOLDER")
+        raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
     return sorted(files), open_image
 
 
@@ -763,11 +771,9 @@ def save_grid(images, path, columns=None, gap=2):
     save_image(np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255), path)
 
 
-def save_gif(pictures, path, most=200):
-    """Save Pillow images as an animation of about 10 s, evenly thinned to `most` frames."""
-    frames = []
-    for i in np.linspace(0, len(pictures) - 1, min(len(pictures), most)).astype(int):
-        frames.append(pictures[i].convert("P", palette=Image.Palette.ADAPTIVE))
+def save_gif(frames, path):
+    """Save Pillow images as an animation of about 10 s."""
+    frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
     times = [max(40, 10_000 // len(frames))] * (len(frames) - 1) + [2000]  # ms; rests on the last
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
     write_picture(path, frames[0], "GIF", **options)
@@ -815,10 +821,6 @@ def tensorboard_writer():
     return SummaryWriter
 
 
-def variant_of(script):
-    return Path(script).stem.removeprefix("train_")
-
-
 class Run:
     """A training run: its folder, its batches, and all that is written while it goes on.
 
@@ -832,7 +834,7 @@ class Run:
         k = getattr(args, "k", 1)
         batch_size = min(args.batch_size, len(images) // k)
         if batch_size < 2:
-            raise UserError(f"{len(images)} images are too few: a batch needs 2")
+            raise UserError(f"{len(images)} images are too few: a step needs {2 * k} (2 * k)")
         if batch_size < args.batch_size:
             print(f"batches of {batch_size}: there are only {len(images)} images")
         self.images_per_step = k * batch_size
@@ -845,8 +847,7 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         if args.resume:
             self.restore()
-        else:
-            write_ini(self.folder / "config.ini", self.script, settings_of(args))
+        write_ini(self.folder / "config.ini", self.script, settings_of(args))
         self.writer = writer and writer(self.folder, purge_step=self.step + 1)
 
     @property
@@ -902,8 +903,9 @@ class Run:
         """The images (k * batch_size, H, W, C) of a step, uint8; in an epoch each at most once."""
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.order[0]:
-            rng = np.random.default_rng((self.args.seed, epoch))
-            self.order = epoch, rng.permutation(len(images))
+            order = np.random.default_rng((self.args.seed, epoch)).permutation(len(images))
+            on_device = isinstance(images, torch.Tensor)
+            self.order = epoch, torch.from_numpy(order).to(self.device) if on_device else order
         batch = images[self.order[1][i * self.images_per_step : (i + 1) * self.images_per_step]]
         if isinstance(batch, np.ndarray):
             batch = torch.from_numpy(batch)
@@ -935,13 +937,16 @@ class Run:
         """Means of the statistics since the last row; UserError if one is not finite."""
         names = list(self.pending[0])
         table = torch.stack([torch.stack([row[name] for name in names]) for row in self.pending])
-        means = table.double().mean(0).tolist()
+        means = table.cpu().double().mean(0).tolist()
         if not all(map(math.isfinite, means)):
-            raise UserError(
-                f"a loss is not finite at step {self.step}; {self.folder}/checkpoint.pt keeps the "
-                "last good state. Try lower rates, --precision fp32 or another --seed"
-            )
+            raise self.not_finite("loss")
         return dict(zip(names, means, strict=True))
+
+    def not_finite(self, what):
+        return UserError(
+            f"a {what} is not finite at step {self.step}; {self.folder}/checkpoint.pt keeps the "
+            "last good state. Try lower rates, --precision fp32 or another --seed"
+        )
 
     def write_row(self):
         """A row of metrics.csv, and the progress line."""
@@ -955,7 +960,7 @@ class Run:
         columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
         with (self.folder / "metrics.csv").open("a") as file:
             header = "" if file.tell() else ",".join(columns) + "\n"
-            file.write(header + ",".join(f"{row[name]:.7g}" for name in columns) + "\n")
+            file.write(header + ",".join(f"{row[name]:.12g}" for name in columns) + "\n")
         if self.writer:
             for name in columns:
                 self.writer.add_scalar(name, row[name], self.step)
@@ -984,14 +989,13 @@ class Run:
         """Make the run's folder; one that holds a run is left alone."""
         out, data = self.args.out, Path(self.args.path or self.args.dataset).resolve().stem
         if out and Path(out, "checkpoint.pt").exists():
-            raise UserError(
-                f"{out} holds a run: --resume {out} continues it, or pass another --out"
-            )
-        for end in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
-            folder = Path(out or f"runs/{variant_of(self.script)}-{data}{end}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True, exist_ok=bool(out))
-                return folder
+            raise UserError(f"{out} holds a run: --resume {out} goes on, or pass another --out")
+        folder, name = Path(out or "runs"), f"{self.script.removeprefix('train_')}-{data}"
+        for number in itertools.count(1):
+            path = folder if out else folder / (name if number == 1 else f"{name}-{number}")
+            if out or not path.exists():
+                path.mkdir(parents=True, exist_ok=bool(out))
+                return path
 
     def restore(self):
         """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
@@ -1046,8 +1050,9 @@ class Run:
 
     def save(self):
         """Write checkpoint.pt: all that --resume needs."""
-        if self.pending:
-            self.means()  # refuses to save what is not finite
+        sums = [p.sum() for name in ("G", "D") for p in self.state[name].parameters()]
+        if not torch.stack(sums).isfinite().all():
+            raise self.not_finite("weight")
         self.saved = time.monotonic()
         seconds = self.seconds + (self.saved - self.started if self.step else 0)
         progress = {"n_images": len(self.images), "seconds": seconds, "pending": self.pending}
@@ -1058,8 +1063,11 @@ class Run:
         """Draw training.gif and losses.png."""
         if self.writer:
             self.writer.close()
-        grids = [Image.open(path) for path in sorted(self.folder.glob("samples/epoch_*.png"))]
-        save_gif(grids, self.folder / "training.gif")
+        grids = sorted(self.folder.glob("samples/epoch_*.png"), key=lambda p: (len(p.name), p.name))
+        shown = np.linspace(0, len(grids) - 1, min(len(grids), 200)).astype(int)
+        save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
+        if not (self.folder / "metrics.csv").exists():  # stopped before its first row
+            return
         with (self.folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         if rows:

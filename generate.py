@@ -9,7 +9,6 @@ Image number i of a seed is always the same, bit for bit on the same machine, wh
 beside it. Single images go into the folder --save_path, everything else beside it.
 """
 
-import argparse
 import importlib.util
 import math
 import re
@@ -25,7 +24,7 @@ FRAMES = 10  # of each interpolation, both ends included
 
 
 def get_args(argv):
-    layout = argparse.RawDescriptionHelpFormatter
+    layout = common.HelpLayout
     parser = common.Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add, number = parser.add_argument, common.bounded(int, 1)
     add("--load_path", type=Path, help="run folder or snapshot .pt; default: the newest run")
@@ -64,11 +63,11 @@ def load_generator(path=None, device="cpu"):
     spec.loader.exec_module(module)
     try:
         with torch.device("meta"):  # do the shapes fit? Before memory is taken for them
-            shapes = module.Generator(**snapshot["generator_args"])
+            shapes = module.Generator(**snapshot["generator_args"]).eval()
+            shapes(common.draw_z(snapshot["z"], 2, "meta"))
         shapes.load_state_dict(snapshot["G_ema"], assign=True)
         G = module.Generator(**snapshot["generator_args"])
         G.load_state_dict(snapshot["G_ema"])
-        common.draw_z(snapshot["z"], 1)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise common.UserError(f"{path} does not fit {script.name} ({reason})") from None
@@ -91,7 +90,7 @@ def interpolations(z, seed, n):
     for a, b in zip(ends, ends[1:]):
         t = torch.linspace(0, 1, FRAMES)[:, None]
         if z["distribution"] == "normal":
-            angle = torch.acos(torch.cosine_similarity(a, b, dim=0))
+            angle = torch.acos(torch.cosine_similarity(a, b, dim=0)).clamp(1e-4, math.pi - 1e-4)
             ways.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / angle.sin())
         else:
             ways.append((1 - t) * a + t * b)
@@ -122,16 +121,15 @@ def main():
         name = run.name if run.is_dir() else f"{run.parent.name}-{run.stem}"
         folder = args.save_path or Path("generated", name)
         folder.mkdir(parents=True, exist_ok=True)
-        older = len(list(folder.glob("*.png")))
-
-        beside = lambda what: folder.with_name(f"{folder.name}-{what}")  # noqa: E731
+        place = folder if folder.name else folder.resolve()  # --save_path .
+        beside = lambda what: place.with_name(f"{place.name}-{what}")  # noqa: E731
         for start in range(0, args.img_num, common.CHUNK):
             numbers = range(start, min(start + common.CHUNK, args.img_num))
             for i, image in zip(numbers, sample(G, z, numbers, args.seed)):
                 common.save_image(image, folder / f"seed{args.seed}_{i:06d}.png")
         print(f"{args.img_num} images of {source} in {folder}")
-        if (count := len(list(folder.glob("*.png")))) > max(older, args.img_num):
-            print(f"{folder} now holds {count} images, with those that were there before")
+        if (count := len(list(folder.glob("*.png")))) > args.img_num:
+            print(f"{folder} holds {count} images now: others were there before")
 
         side = args.grid_size or min(10, math.isqrt(args.img_num))
         images = sample(G, z, range(side * side), args.seed)

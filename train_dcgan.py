@@ -22,7 +22,7 @@ import common
 
 def get_args(argv):
     parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=64)
-    number, rate = common.bounded(int, 1), common.bounded(float, 0)
+    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
     add("--width", type=number, help="channels next to the image, doubling inwards up to 8 times")
@@ -42,7 +42,7 @@ def get_args(argv):
         args.dataset = "glyphs"
         print("no --path: training on the built-in glyphs, 32 pixels")
     args.image_size = args.image_size or (32 if args.dataset else 64)
-    args.width = args.width or (32 if args.dataset else 64)
+    args.width = args.width or (32 if args.dataset == "glyphs" else 64)
     if args.image_size not in (16, 32, 64, 128, 256):
         raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
     return args

@@ -27,21 +27,21 @@ import common
 def sizes(text):
     """An argparse type: "512,256" -> "512,256", refused if it is no list of widths."""
     for width in text.split(","):
-        common.bounded(int, 1)(width)
+        common.bounded(int, 1, 65536)(width)
     return text
 
 
 def get_args(argv):
     parser = common.run_parser(__file__, __doc__, epochs=100, batch_size=128)
-    rate = common.bounded(float, 0)
+    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
-    add("--z_dim", type=common.bounded(int, 1), default=100, help="numbers of noise in an image")
+    add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
     add("--hidden_g", type=sizes, help="widths of G's layers: 128,256,512,1024 (CIFAR-10: ,2048)")
     add("--hidden_d", type=sizes, help="widths of D's layers: 512,256 (CIFAR-10: 1024,512,256)")
     add("--lrd", type=rate, default=2e-4, help="Adam's rate for D")
     add("--lrg", type=rate, default=2e-4, help="Adam's rate for G")
     add("--beta1", type=common.bounded(float, 0, 0.999), default=0.5, help="Adam's momentum")
-    add("--k", type=common.bounded(int, 1), default=1, help="batches for D per update of G")
+    add("--k", type=number, default=1, help="batches for D per update of G")
     add("--norm", choices=["batch", "none"], default="batch", help="of G; none: published")
     add("--dropout", type=common.bounded(float, 0, 0.9), default=0.3, help="in D; 0: as published")
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in G and D")

@@ -50,6 +50,15 @@ def test_the_grid_shows_the_singles_and_lies_beside_their_folder(run, monkeypatc
         assert (grid[top : top + 16, left : left + 16] == single).all()
 
 
+def test_save_path_may_be_the_current_folder(run, monkeypatch, tmp_path, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    call(monkeypatch, "--img_num=4", f"--load_path={tmp_path / run}", "--save_path=.")
+    assert len(list(Path().glob("seed0_*.png"))) == 4 and (tmp_path / "here-grid.png").exists()
+    call(monkeypatch, "--img_num=2", f"--load_path={tmp_path / run}", "--save_path=.")
+    assert "holds 4 images now: others were there before" in capsys.readouterr().out
+
+
 def test_interpolation_goes_from_image_to_image(run, monkeypatch):
     call(monkeypatch, "--interpolate")
     rows = pixels("generated/dcgan-imgs-interpolation.png")

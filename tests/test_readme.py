@@ -9,10 +9,12 @@ from conftest import ROOT
 
 import generate
 import train_dcgan
+import train_fcgan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^ *(?:\.venv/bin/)?python (\w+\.py.*)$", README, re.MULTILINE)
-PARSERS = {"train_dcgan.py": train_dcgan.get_args, "generate.py": generate.get_args}
+SCRIPTS = (train_dcgan, train_fcgan, generate)
+PARSERS = {f"{script.__name__}.py": script.get_args for script in SCRIPTS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

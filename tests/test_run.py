@@ -113,6 +113,47 @@ def test_ctrl_c_within_an_epoch_saves_and_resume_goes_on(imgs, monkeypatch, caps
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_stop_in_the_first_step_is_a_stop_too(monkeypatch, capsys):
+    write_images(Path("many"), 200)  # 100 steps an epoch, so the first row comes at step 5
+    step = train_dcgan.train_step
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(train_dcgan, "train_step", interrupted)
+    flags = ["--image_size=16", "--width=4", "--batch_size=2", "--epochs=1"]
+    with pytest.raises(SystemExit) as exit:
+        run_main(monkeypatch, "--path=many", *flags)
+    assert exit.value.code == 130 and "--resume runs/dcgan-many" in capsys.readouterr().out
+    monkeypatch.setattr(train_dcgan, "train_step", step)
+    assert len(read(train_dcgan.train(resume=True))) == 20
+
+
+def test_the_newest_run_is_of_this_script_whatever_its_folder_is_called(imgs):
+    run = train_dcgan.train(**SMALL | {"epochs": 1}, out="runs/faces")
+    other = Path("runs/other")
+    shutil.copytree(run, other)
+    (other / "config.ini").write_text("[train_other]\n")
+    assert common.newest_run() == other and common.newest_run("train_dcgan") == run
+    assert train_dcgan.train(resume=True, epochs=2) == run
+    assert "epochs = 2\n" in (run / "config.ini").read_text()
+
+
+def test_the_gif_has_the_grids_in_order_and_at_most_200(imgs, monkeypatch):
+    run = train_dcgan.train(**SMALL | {"epochs": 1}, out="run")
+    for epoch in range(9_990, 10_200):
+        shutil.copy(run / "samples/epoch_0001.png", run / f"samples/epoch_{epoch:04d}.png")
+    shown = []
+    monkeypatch.setattr(
+        common, "save_gif", lambda frames, _: shown.extend(f.filename for f in frames)
+    )
+    train_dcgan.train(resume=run)
+    numbers = [int(Path(name).stem.removeprefix("epoch_")) for name in shown]
+    assert len(numbers) == 200 and numbers == sorted(numbers)
+    assert numbers[0] == 0 and numbers[-1] == 10_199
+
+
 def test_resume_forgets_what_came_after_the_checkpoint(imgs):
     """As after a kill: rows and a part of a row that the checkpoint does not know, leftovers."""
     whole = train_dcgan.train(**SMALL, out="whole")
@@ -134,6 +175,10 @@ def test_config_repeats_a_run_and_typed_flags_win(imgs):
     assert_same_run(first, again)
     shorter = train_dcgan.train(config="a/config.ini", epochs=1, out="c")
     assert len(read(shorter)) == 3
+    write_images(Path("other"), 8)
+    elsewhere = train_dcgan.train(config="a/config.ini", path="other", out="d")
+    assert len(read(elsewhere)) == 2
+    assert train_dcgan.get_args(["--config=a/config.ini", "--dataset=glyphs"]).path is None
     Path("hand.ini").write_text("[mine]\npath = a\nepochs = 7\nflip = true\nlrd = 1e-5\n")
     args = train_dcgan.get_args(["--config=hand.ini", "--lrd=2e-5"])
     assert (args.path, args.epochs, args.flip, args.lrd) == ("a", 7, True, 2e-5)
@@ -178,7 +223,9 @@ def test_flip_mirrors_about_half_of_the_images():
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_leave_the_checkpoint(imgs):
-    with pytest.raises(common.UserError, match="a loss is not finite at step .*lower rates"):
+    with pytest.raises(
+        common.UserError, match="a (loss|weight) is not finite at step .*lower rates"
+    ):
         train_dcgan.train(**SMALL | {"norm": "none", "epochs": 200}, lrd=1e30, lrg=1e30)
     kept = torch.load("runs/dcgan-imgs/checkpoint.pt", weights_only=True)
     assert all(v.isfinite().all() for v in kept["G"].values())
@@ -240,9 +287,9 @@ BAD = {
     "--path=nowhere": "nowhere does not exist",
     "--path=empty": "no images in empty (looked for .jpg",
     "--path=imgs --image_size=48": "--image_size 48 is not 16, 32, 64, 128 or 256",
-    "--path=imgs --out=run": "run holds a run: --resume run continues it, or pass another --out",
+    "--path=imgs --out=run": "run holds a run: --resume run goes on, or pass another --out",
     "--resume=empty": "no such file: empty/checkpoint.pt",
-    "--resume": "there is no run in runs/dcgan-*",
+    "--resume": "there is no run of train_dcgan.py in runs/",
     "--resume=run --width=8": "--width is 4 in run and cannot change on --resume",
     "--resume=run --out=other": "omit --out and --config",
     "--config=unknown.ini": "--config unknown.ini: unknown setting 'epoch' (known: path,",
@@ -250,6 +297,9 @@ BAD = {
     "--config=broken.ini": "--config broken.ini: File contains no section headers.",
     "--config=missing.ini": "--config missing.ini: [Errno 2] No such file",
     "--device=cuda:77": "--device cuda:77 is not available here: try cpu",
+    "--device=meta": "--device meta is not available here",
+    "--width=70000": "'70000' is no int from 1 to 65536",
+    "--path=imgs --out=single/a.png": "File exists: 'single/a.png'",
     "--device=toaster": "--device toaster is not available here",
     "--epochs=0": "argument --epochs: '0' is no int of 1 or more",
     "--one_sided=2": "argument --one_sided: '2' is no float from 0 to 1",
@@ -257,7 +307,7 @@ BAD = {
     "--augment=blur": "argument --augment: 'blur' is not auto, none or some of colour",
     "--epoch=3": "unrecognized arguments: --epoch=3",
     "--path=imgs --dataset=glyphs": "omit one of them",
-    "--path=single": "1 images are too few: a batch needs 2",
+    "--path=single": "1 images are too few: a step needs 2",
 }
 
 

@@ -132,9 +132,11 @@ def test_odd_file_names(imgs):
     odd = [b"imgs/new\nline.png", b"imgs/caf\xe9.png", b"imgs/-flag.png", b"imgs/%s ''.png"]
     for name in odd:
         Path(os.fsdecode(name)).write_bytes(b"no image")
+    Path("imgs/dangling.png").symlink_to("nowhere.png")
     assert len(common.load_images("imgs", 16)) == 24
     (notes,) = Path(".cache").glob("*.txt")
     assert notes.read_text().count("cannot identify") == 4
+    assert "imgs/dangling.png: [Errno 2]" in notes.read_text()
 
 
 # ------------------------------------------------------------------------ cache, disk and memory
