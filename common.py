@@ -586,14 +586,12 @@ def read_cifar10(path, verify=False):
 
 def resized(images, image_size, channels):
     """uint8 (N, H, W, C) at another size, and in grey or colour where asked for."""
-    if images.shape[1] != image_size:
-        size, bicubic = (image_size, image_size), Image.Resampling.BICUBIC
-        images = np.stack([np.asarray(to_picture(row).resize(size, bicubic)) for row in images])
-        images = images.reshape(len(images), image_size, image_size, -1)
-    if channels == "1" and images.shape[-1] == 3:
-        grey = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's
-        return (images @ grey).round().astype(np.uint8)[..., None]
-    return images.repeat(3, -1) if channels == "3" and images.shape[-1] == 1 else images
+    mode, size = {"auto": None, "1": "L", "3": "RGB"}[channels], (image_size, image_size)
+    if images.shape[1] == image_size and not mode:
+        return images
+    pictures = (to_picture(row).resize(size, Image.Resampling.BICUBIC) for row in images)
+    rows = [np.asarray(picture.convert(mode) if mode else picture) for picture in pictures]
+    return np.stack(rows).reshape(len(images), *size, -1)
 
 
 GLYPHS = "ABEHKSTX2345"  # few and unlike: a small network learns them in minutes
@@ -747,13 +745,8 @@ def to_picture(pixels):
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def save_image(pixels, path):
-    """Save uint8 (H, W, C) as a PNG."""
-    write_picture(path, to_picture(pixels), "PNG")
-
-
-def write_picture(path, image, kind, **options):
-    """Encoded in memory first: Pillow's own writing hides that a disk is full."""
+def save_picture(image, path, kind="PNG", **options):
+    """Save a Pillow image; encoded in memory first: Pillow's writing hides that a disk is full."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     with replacing(path) as temporary:
@@ -768,7 +761,8 @@ def save_grid(images, path, columns=None, gap=2):
     n, height, width, channels = images.shape
     grid = images.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
     grid = grid.reshape(n // columns * height, columns * width, channels)
-    save_image(np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255), path)
+    grid = np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    save_picture(to_picture(grid), path)
 
 
 def save_gif(frames, path):
@@ -776,7 +770,7 @@ def save_gif(frames, path):
     frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
     times = [max(40, 10_000 // len(frames))] * (len(frames) - 1) + [2000]  # ms; rests on the last
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-    write_picture(path, frames[0], "GIF", **options)
+    save_picture(frames[0], path, "GIF", **options)
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -801,7 +795,7 @@ def save_curves(panels, path, xlabel, width=900, height=300):
             xy = np.interp(x, x_ticks, columns), np.interp(y, y_ticks, rows)
             draw.line(list(zip(*xy, strict=True)), COLOURS[j], 2, joint="curve")
             draw.text((right - 130 * j, top - 8), label, COLOURS[j], font, anchor="rb")
-    save_image(np.asarray(canvas), path)
+    save_picture(canvas, path)
 
 
 # ------------------------------------------------------------------------------------------- run

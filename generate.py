@@ -126,7 +126,9 @@ def main():
         for start in range(0, args.img_num, common.CHUNK):
             numbers = range(start, min(start + common.CHUNK, args.img_num))
             for i, image in zip(numbers, sample(G, z, numbers, args.seed)):
-                common.save_image(image, folder / f"seed{args.seed}_{i:06d}.png")
+                common.save_picture(
+                    common.to_picture(image), folder / f"seed{args.seed}_{i:06d}.png"
+                )
         print(f"{args.img_num} images of {source} in {folder}")
         if (count := len(list(folder.glob("*.png")))) > args.img_num:
             print(f"{folder} holds {count} images now: others were there before")

@@ -192,6 +192,17 @@ def test_small_sets_shrink_the_batch(n, k, batch_size, steps, capsys):
     assert [float(row["kimg"]) for row in read(folder)] == [k * batch_size * steps / 1000]
 
 
+@pytest.mark.parametrize("image_size, mode", [(32, "L"), (64, "RGB"), (128, "RGB")])
+def test_sizes_and_channels_train(image_size, mode):
+    write_images(Path("imgs"), 8, mode)
+    run = train_dcgan.train(**SMALL | {"image_size": image_size, "width": 2, "epochs": 1})
+    grid = Image.open(run / "samples/epoch_0001.png")
+    assert grid.mode == mode and grid.size == (8 * (image_size + 2) + 2,) * 2
+    G, z = generate.load_generator(run)
+    images = generate.sample(G, z, range(2))
+    assert images.shape == (2, image_size, image_size, 1 if mode == "L" else 3)
+
+
 def test_each_image_once_an_epoch_in_another_order_each_time(monkeypatch):
     images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
     monkeypatch.setattr(common.Run, "sample", lambda run: None)

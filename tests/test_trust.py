@@ -192,13 +192,21 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(imgs, tiny_disk, monk
     assert len(before) > 0 and train_dcgan.train(resume=run, epochs=2) == run
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_place_is_one_line(imgs, monkeypatch, capsys):
-    Path("locked").mkdir(mode=0o500)
-    for flags in (["--cache=locked/cache"], ["--out=locked/run"]):
+def test_a_read_only_place_is_one_line(imgs, tiny_disk, monkeypatch, capsys):
+    run = train_dcgan.train(**SMALL | {"epochs": 1, "out": tiny_disk / "run"})
+    before = {path: path.read_bytes() for path in run.rglob("*.*")}
+    capsys.readouterr()
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    for flags in (
+        ["--path=imgs", f"--cache={tiny_disk}/cache", "--image_size=32"],
+        ["--path=imgs", f"--out={tiny_disk}/other", "--image_size=16"],
+        [f"--resume={run}", "--epochs=2"],
+    ):
         with pytest.raises(SystemExit) as exit:
-            run_main(monkeypatch, "--path=imgs", *flags)
-        assert exit.value.code == 2 and "Permission denied" in capsys.readouterr().err
+            run_main(monkeypatch, *flags)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and "Read-only file system" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*.*")} == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
