@@ -961,10 +961,10 @@ class Run:
         self.marked, self.marked_step = now, self.step
         left = (now - self.started) / (self.step - self.first_step) * (self.steps - self.step)
         self.line.show(
-            f"epoch {row['epoch']}/{self.args.epochs}  step {self.step}/{self.steps}  "
-            f"{seconds / 60:.1f} min, {left / 60:.1f} left  {speed:.0f} images/s  "
-            f"loss D {means['loss_d']:.3f} G {means['loss_g']:.3f}  D(x) {means['d_real']:.2f}  "
-            f"D(G(z)) {means['d_fake']:.2f} / {means['d_fake_after']:.2f}",
+            f"epoch {row['epoch']}/{self.args.epochs} step {self.step}/{self.steps}, "
+            f"{seconds / 60:.1f} min, {left / 60:.1f} left, {speed:.0f} images/s, "
+            f"loss D {means['loss_d']:.2f} G {means['loss_g']:.2f}, D(x) {means['d_real']:.2f}, "
+            f"D(G(z)) {means['d_fake']:.2f}/{means['d_fake_after']:.2f}",
             last=self.step == self.steps,
         )
 

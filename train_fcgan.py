@@ -46,7 +46,7 @@ def get_args(argv):
     add("--beta1", type=common.bounded(float, 0, 0.999), default=0.5, help="Adam's momentum")
     add("--k", type=number, default=1, help="batches for D per update of G")
     add("--norm", choices=["batch", "none"], default="batch", help="of G; none: published")
-    add("--dropout", type=common.bounded(float, 0, 0.9), default=0.3, help="in D; 0: as published")
+    add("--dropout", type=common.bounded(float, 0, 0.9), default=0.15, help="in D; 0: as published")
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in G and D")
     switch = argparse.BooleanOptionalAction
     add("--flip_labels", action=switch, default=False, help="D says 0 for real and 1 for fake")
@@ -82,7 +82,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, image_size, image_size) -> logits (N,), float32; D(x) = sigmoid."""
 
-    def __init__(self, image_size, channels, hidden, dropout=0.3, alpha=0.2):
+    def __init__(self, image_size, channels, hidden, dropout=0.15, alpha=0.2):
         super().__init__()
         layers = []
         for before, after in itertools.pairwise([channels * image_size**2, *hidden]):
