@@ -146,14 +146,15 @@ def our_dcgan(args):
 
 def plain_fcgan(args):
     shape = {"image_size": 28, "channels": 1, "alpha": 0.2}
-    G = train_fcgan.Generator(**shape, z_dim=100, hidden=[128, 256, 512, 1024])
-    D = train_fcgan.Discriminator(**shape, hidden=[512, 256])
+    G = train_fcgan.Generator(**shape, z_dim=100, hidden=[128, 256, 512, 1024], norm="none")
+    D = train_fcgan.Discriminator(**shape, hidden=[512, 256], dropout=0)
     images, _ = common.read_dataset("mnist", args.path)
     return plain(G, D, images, 28, 128, 2e-4, 0, common.choose_device(args.device))
 
 
 def our_fcgan(args):
     flags = {"dataset": "mnist", "data_dir": args.path, "device": args.device}
+    flags |= {"norm": "none", "dropout": 0}  # as published
     return ours(train_fcgan.train, **flags)
 
 
