@@ -24,8 +24,9 @@ FRAMES = 10  # of each interpolation, both ends included
 
 
 def get_args(argv):
-    layout = common.HelpLayout
-    parser = common.Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = common.Parser(
+        description=__doc__, formatter_class=common.HelpLayout, allow_abbrev=False
+    )
     add, number = parser.add_argument, common.bounded(int, 1)
     add("--load_path", type=Path, help="run folder or snapshot .pt; default: the newest run")
     add("--img_num", type=number, default=16, help="single images")
@@ -122,7 +123,7 @@ def main():
         folder = args.save_path or Path("generated", name)
         folder.mkdir(parents=True, exist_ok=True)
         place = folder if folder.name else folder.resolve()  # --save_path .
-        beside = lambda what: place.with_name(f"{place.name}-{what}")  # noqa: E731
+        beside = lambda what: place.with_name(f"{place.name}-{what}")
         for start in range(0, args.img_num, common.CHUNK):
             numbers = range(start, min(start + common.CHUNK, args.img_num))
             for i, image in zip(numbers, sample(G, z, numbers, args.seed)):
