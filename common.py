@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
@@ -293,6 +294,40 @@ def choose_device(name):
     except Exception:  # each backend that is missing raises something else
         raise UserError(f"--device {name} is not available here: try cpu") from None
     return device
+
+
+def rank():
+    """The number of this process among those that torchrun started; alone, 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes torchrun started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(name):
+    """The torch.device of --device; under torchrun, one for each process, which meet here."""
+    device = choose_device(name)
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank() > 0:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (rank 0 speaks for all)
+    return device
+
+
+def gather(tensor):
+    """The tensors of all ranks, in their order; alone, just this one."""
+    if world_size() == 1:
+        return [tensor]
+    tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
 
 
 def setup(args):

@@ -1,0 +1,527 @@
+"""FID, the Frechet Inception distance (Heusel et al., 2017, arXiv:1706.08500): lower is better.
+
+A network trained to recognise objects turns every image into 2048 features; FID is the distance
+between two Gaussians, one fitted to those of real images and one to those of generated ones:
+
+    FID = |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))
+
+    python fid.py imgs/ runs/dcgan-imgs                       # real images, a run
+    python fid.py imgs/ generated/dcgan-imgs                  # two folders or .zip
+    python fid.py imgs/ runs/dcgan-imgs --all                 # all snapshots, as a curve
+    python fid.py imgs/ runs/dcgan-imgs --save_stats imgs.npz # keep those of imgs/ ...
+    python fid.py imgs.npz runs/dcgan-imgs                    # ... and reuse them
+    torchrun --nproc_per_node 2 fid.py imgs/ runs/dcgan-imgs  # share the work
+
+A source is a folder, a .zip, a data set (mnist, cifar10: the training images; glyphs), statistics
+in an .npz, a snapshot .pt or a run's folder. Beside a run or snapshot the other side's images are
+cropped and resized as for training; otherwise every image keeps its own size.
+FIDs compare only where images on both sides, their size, --mode and features are the same.
+"""
+
+import functools
+import hashlib
+import itertools
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.linalg.lapack import dpstrf
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import common
+import generate
+
+ADDRESS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+WEIGHTS, SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"  # its first digits
+SIDE = 299  # pixels, of the network's input
+
+
+def get_args(argv):
+    parser = common.Parser(
+        description=__doc__, formatter_class=common.HelpLayout, allow_abbrev=False
+    )
+    add, number = parser.add_argument, common.bounded(int, 1)
+    add("reference", metavar="REFERENCE", help="real images; or any other source, see above")
+    add("candidate", metavar="CANDIDATE", nargs="?", help="what to measure: any source")
+    add("--save_stats", type=Path, metavar="FILE.npz", help="keep REFERENCE's statistics")
+    add("--all", action="store_true", help="every snapshot of the run CANDIDATE: fid.csv, fid.png")
+    add("--img_num", type=number, help="images of a generator; default 10000, with --all 2500")
+    add("--mode", choices=["legacy", "clean"], default="legacy", help="how images get 299 pixels")
+    add("--features", choices=["inception", "random"], default="inception", help="random: a test")
+    add("--weights", type=Path, help=f"instead of the download of {WEIGHTS}")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: faster, less exact")
+    add("--batch_size", type=number, default=32, help="images at a time; changes speed alone")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--seed", type=common.bounded(int, 0), default=0, help="of a generator's images")
+    add("--data_dir", default="data", help="where mnist and cifar10 are, or are downloaded to")
+    add("--cache", default=".cache", help="folder for decoded images")
+    args = parser.parse_args(argv)
+    if not args.candidate and not args.save_stats:
+        raise common.UserError("one source has no distance: add a CANDIDATE, or --save_stats FILE")
+    if args.save_stats and args.save_stats.suffix != ".npz":
+        raise common.UserError(f"--save_stats {args.save_stats}: its name must end with .npz")
+    if args.all and not Path(args.candidate or "", "checkpoint.pt").is_file():
+        raise common.UserError("--all needs a run's folder as CANDIDATE")
+    args.img_num = args.img_num or (2500 if args.all else 10_000)
+    return args
+
+
+# --------------------------------------------------------------------------------------- network
+
+
+class Conv(nn.Module):
+    """A convolution with BatchNorm and ReLU; without a stride it keeps the size."""
+
+    def __init__(self, before, after, kernel, stride=1, padding=None):
+        super().__init__()
+        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        if padding is None:
+            padding = (height // 2, width // 2) if stride == 1 else 0
+        self.conv = nn.Conv2d(before, after, (height, width), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(after, eps=1e-3)
+
+    def forward(self, h):
+        return F.relu(self.bn(self.conv(h)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches that see the same input, their outputs side by side.
+
+    A branch is a chain of layers (channels, kernel[, stride]); a list of two forks its end. The
+    layers get the names of the published weights: branch1x1, branch5x5_1, branch3x3_2a, ...
+    """
+
+    def __init__(self, before, pool, **branches):
+        super().__init__()
+        self.pool, self.chains = pool, {}
+        for branch, links in branches.items():
+            self.chains[branch], channels = [], before
+            for i, link in enumerate(links, 1):
+                name = f"{branch}_{i}" if len(links) > 1 else branch
+                fork = {f"{name}{letter}": layer for letter, layer in zip("ab", link)}
+                layers = fork if isinstance(link, list) else {name: link}
+                for name, (after, *shape) in layers.items():
+                    self.add_module(name, Conv(channels, after, *shape))
+                self.chains[branch].append([getattr(self, name) for name in layers])
+                channels = after
+
+    def forward(self, x):
+        outputs = []
+        for branch, links in self.chains.items():
+            ends = [self.pool(x) if branch == "branch_pool" else x]
+            for layers in links:
+                ends = [layer(ends[0]) for layer in layers]
+            outputs += ends
+        return torch.cat(outputs, 1)
+
+
+AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+MAX = nn.MaxPool2d(3, 1, 1)
+HALVE = nn.MaxPool2d(3, 2)
+ROW, COLUMN = (1, 7), (7, 1)  # kernels, as high and wide
+
+
+def mixed_5(before, c):
+    return Mixed(
+        before, AVERAGE,
+        branch1x1=[(64, 1)],
+        branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+        branch_pool=[(c, 1)],
+    )  # fmt: skip
+
+
+def mixed_6(c):
+    return Mixed(
+        768, AVERAGE,
+        branch1x1=[(192, 1)],
+        branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
+        branch7x7dbl=[(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)],
+        branch_pool=[(192, 1)],
+    )  # fmt: skip
+
+
+def mixed_7(before, pool):
+    return Mixed(
+        before, pool,
+        branch1x1=[(320, 1)],
+        branch3x3=[(384, 1), [(384, (1, 3)), (384, (3, 1))]],
+        branch3x3dbl=[(448, 1), (384, 3), [(384, (1, 3)), (384, (3, 1))]],
+        branch_pool=[(192, 1)],
+    )  # fmt: skip
+
+
+class Inception(nn.Module):
+    """Inception-v3 as TensorFlow's FID has it: (N, 3, 299, 299) in [-1, 1] -> features (N, 2048).
+
+    Szegedy et al., 2015, arXiv:1512.00567; names and details as in pytorch-fid's weights.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)  # 149 pixels
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)  # 147, then halved
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)  # 71, then halved
+        self.Mixed_5b = mixed_5(192, 32)  # 35
+        self.Mixed_5c = mixed_5(256, 64)
+        self.Mixed_5d = mixed_5(288, 64)
+        ends = {"branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": []}
+        self.Mixed_6a = Mixed(288, HALVE, branch3x3=[(384, 3, 2)], **ends)
+        self.Mixed_6b = mixed_6(128)  # 17
+        self.Mixed_6c = mixed_6(160)
+        self.Mixed_6d = mixed_6(160)
+        self.Mixed_6e = mixed_6(192)
+        ends = {
+            "branch7x7x3": [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)],
+            "branch_pool": [],
+        }
+        self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)], **ends)
+        self.Mixed_7b = mixed_7(1280, AVERAGE)  # 8
+        self.Mixed_7c = mixed_7(2048, MAX)
+
+    def forward(self, h):
+        for name, layer in self.named_children():
+            h = layer(h)
+            if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
+                h = HALVE(h)
+        return h.mean((2, 3))
+
+    def fold(self):
+        """Put each BatchNorm into its convolution: the same function, faster."""
+        for layer in self.modules():
+            if isinstance(layer, Conv):
+                layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+        return self
+
+
+def published_weights():
+    """The path of the published weights in torch.hub's folder, downloaded if they are not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(ADDRESS + WEIGHTS, str(path), SHA256)
+        except (URLError, OSError, RuntimeError) as error:
+            how = f"put {ADDRESS}{WEIGHTS} into {path.parent}, or pass --weights FILE"
+            raise common.UserError(
+                f"no download of the Inception weights ({error}): {how}"
+            ) from None
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(SHA256):
+        raise common.UserError(f"{path} is damaged: remove it, and it is downloaded again")
+    return path
+
+
+def load_inception(features="inception", weights=None, device="cpu", precision="fp32"):
+    """The network, ready for use, and a name for its features: a hash of its weights.
+
+    `features` "inception": the published weights, or those of the file `weights`; "random":
+    He-normal ones, always the same. UserError for a file with other tensors than the network's.
+    """
+    net = Inception().eval().requires_grad_(False)
+    if features == "random":
+        source = torch.Generator().manual_seed(0)
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=source)
+    else:
+        path = weights or published_weights()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+            missing, unexpected = net.load_state_dict(state, strict=False)
+        except FileNotFoundError:
+            raise common.UserError(f"no such file: {path}") from None
+        except Exception as error:  # damaged archives, other objects, wrong shapes
+            reason = " ".join(str(error).split())[:200]
+            raise common.UserError(f"{path} holds no weights of this network ({reason})") from None
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        if missing or unexpected:
+            reason = f"missing: {missing[:3]}, unexpected: {unexpected[:3]}"
+            raise common.UserError(f"{path} holds no weights of this network ({reason})")
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            digest.update(tensor.numpy())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    net = net.fold().to(device, dtype, memory_format=torch.channels_last)
+    return net, f"{features}-{precision}-{digest.hexdigest()[:8]}"
+
+
+# --------------------------------------------------------------------------- features, statistics
+
+
+def to_input(pixels, mode):
+    """uint8 (H, W, 1 or 3) -> float32 (3, 299, 299) about [-1, 1].
+
+    "legacy": bilinear, not antialiased, as pytorch-fid; "clean": Pillow's bicubic, antialiased, in
+    float, as clean-fid (Parmar et al., 2022, arXiv:2104.11222).
+    """
+    if mode == "clean":
+        bands = [Image.fromarray(band) for band in pixels.transpose(2, 0, 1).astype(np.float32)]
+        size, bicubic = (SIDE, SIDE), Image.Resampling.BICUBIC
+        resized = np.stack([np.asarray(band.resize(size, bicubic)) for band in bands])
+        image = (torch.from_numpy(resized).clamp(0, 255) - 128) / 128
+    else:
+        image = torch.from_numpy(pixels).permute(2, 0, 1).float()[None] / 255
+        image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)[0] * 2 - 1
+    return image.expand(3, SIDE, SIDE)
+
+
+class Moments:
+    """Mean and covariance of rows as they pass, float64; memory does not grow with their number."""
+
+    def __init__(self, d=2048):
+        self.n, self.mean = 0, torch.zeros(d, dtype=torch.float64)
+        self.scatter = torch.zeros(d, d, dtype=torch.float64)  # n - 1 times the covariance
+
+    def add(self, rows):
+        """Take in rows (n, d)."""
+        rows = rows.double()
+        centred = rows - rows.mean(0)
+        self.scatter.addmm_(centred.T, centred)
+        self.merge(len(rows), rows.mean(0))
+
+    def merge(self, n, mean, scatter=0.0):
+        """Take in what others counted (Chan et al., 1983)."""
+        if n:
+            shift, share = mean - self.mean, n / (self.n + n)
+            self.scatter.add_(scatter).addr_(shift, shift, alpha=self.n * share)
+            self.mean += shift * share
+            self.n += n
+
+    def over_ranks(self):
+        """Those of all ranks under torchrun together; each rank gets the same."""
+        d, flat = len(self.mean), torch.cat([self.mean, self.scatter.flatten()])
+        together, counts = Moments(d), common.gather(torch.tensor([self.n]))
+        for n, part in zip(counts, common.gather(flat)):
+            together.merge(n.item(), part[:d].cpu(), part[d:].view(d, d).cpu())
+        return together
+
+
+def feature_stats(images, net=None, mode="legacy", batch_size=32):
+    """Mean (2048,), covariance (2048, 2048) and number of the features of images, in float64.
+
+    images: a uint8 array (N, H, W, C), or any iterable of (H, W, C) of any sizes, C 1 or 3.
+    net: of load_inception; mode: see to_input. Under torchrun each rank passes its share of the
+    images and gets the result of all. UserError for fewer than two.
+    """
+    net = net or load_inception()[0]
+    weight, blank = next(net.parameters()), torch.zeros(3, SIDE, SIDE)
+    moments, line, images = Moments(), common.ProgressLine(), iter(images)
+    prepare = functools.partial(to_input, mode=mode)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
+        while part := list(itertools.islice(images, batch_size)):
+            # always full batches, since rounding may depend on their size
+            batch = [*pool.map(prepare, part), *[blank] * (batch_size - len(part))]
+            inputs = torch.stack(batch).to(weight.device, weight.dtype)
+            features = net(inputs.contiguous(memory_format=torch.channels_last))
+            moments.add(features[: len(part)].cpu())
+            line.show(f"features of {moments.n:,} images")
+        moments = moments.over_ranks()
+    if moments.n < 2:
+        raise common.UserError("statistics need two images or more")
+    return moments.mean.numpy(), moments.scatter.div_(moments.n - 1).numpy(), moments.n
+
+
+# -------------------------------------------------------------------------------------- distance
+
+
+def factor(sigma):
+    """L (d, rank) with L L^T = sigma: a pivoted Cholesky factor, however singular sigma is."""
+    d = len(sigma)
+    noise = d * np.finfo(float).eps * sigma.diagonal().max()
+    packed, pivots, rank, _ = dpstrf(sigma, tol=noise, lower=1)
+    L = np.empty((d, rank))
+    L[pivots - 1] = np.tril(packed)[:, :rank]
+    return L
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Between N(mu1, sigma1) and N(mu2, sigma2), means (d,) and covariances (d, d); a float >= 0.
+
+    |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson & Landau, 1982). With S1 = L1 L1^T and
+    S2 = L2 L2^T the eigenvalues of (S1 S2)^(1/2) are the singular values of L1^T L2: real, never
+    negative, and exact for singular covariances too, unlike a matrix square root.
+    """
+    mu1, mu2, sigma1, sigma2 = (np.asarray(x, np.float64) for x in (mu1, mu2, sigma1, sigma2))
+    if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (*mu1.shape, *mu1.shape):
+        raise ValueError(f"shapes {mu1.shape} {sigma1.shape} and {mu2.shape} {sigma2.shape}")
+    between = torch.from_numpy(factor(sigma1).T @ factor(sigma2))
+    root = torch.linalg.svdvals(between).sum().item()
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    return max(0.0, float(distance))
+
+
+# --------------------------------------------------------------------------------------- sources
+
+
+SETTINGS = ("size", "mode", "features")  # must agree; size 0: every image its own
+
+
+def is_generator(source):
+    return source.suffix == ".pt" or (source / "checkpoint.pt").is_file()
+
+
+def images_of(source, like, args):
+    """The images of a source, uint8 (H, W, C) one by one; under torchrun this rank's share.
+
+    `like`: (image_size, channels) to crop and resize to, as for training; or None: own sizes.
+    """
+    share, name = slice(common.rank(), None, common.world_size()), str(source)
+    if is_generator(source):
+        G, z = generate.load_generator(source, common.choose_device(args.device))
+        numbers = range(args.img_num)[share]
+        for i in range(0, len(numbers), common.CHUNK):
+            yield from generate.sample(G, z, numbers[i : i + common.CHUNK], args.seed)
+    elif name == "glyphs":
+        yield from common.draw_glyphs(*(like or (32, 3)))[share]
+    elif name in common.ADDRESSES:
+        images = common.read_dataset(name, args.data_dir)[0][share]
+        yield from common.resized(images, like[0], str(like[1])) if like else images
+    elif like:
+        yield from common.load_images(source, like[0], str(like[1]), args.cache)[share]
+    else:
+        yield from decoded(source, share)
+
+
+def decoded(path, share):
+    """The images of a folder or .zip in their own sizes; those that cannot be decoded are named."""
+    files, open_image = common.image_files(path)
+
+    def attempt(file):
+        try:
+            with open_image(file[0]) as stream:
+                return common.decode(stream)[0]
+        except Exception as error:  # decoders raise anything at all on damaged files
+            print(f"skipped: {file[0]} ({error or type(error).__name__})", file=sys.stderr)
+
+    files = iter(files[share])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while part := list(itertools.islice(files, common.CHUNK)):
+            yield from (image for image in pool.map(attempt, part) if image is not None)
+
+
+def stats_of(source, net, like, settings, args):
+    """Statistics of a source: a dict of mu, sigma, n and `settings` (size, mode, features)."""
+    if source.suffix == ".npz":
+        return read_stats(source, settings)
+    images = images_of(source, like, args)
+    mu, sigma, n = feature_stats(images, net, args.mode, args.batch_size)
+    return {"mu": mu, "sigma": sigma, "n": n, **settings}
+
+
+def read_stats(path, settings):
+    """Statistics out of an .npz; a mismatch with `settings` is a UserError.
+
+    Files of pytorch-fid and TTUR hold mu and sigma alone: they are taken on trust, and it is said.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stats = {name: file[name] for name in file.files}
+        mu, sigma = stats["mu"], stats["sigma"]
+        if mu.shape != (2048,) or sigma.shape != (2048, 2048):
+            raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("values that are not finite")
+    except FileNotFoundError:
+        raise common.UserError(f"no such file: {path}") from None
+    except Exception as error:  # whatever numpy stumbles on
+        raise common.UserError(f"{path} holds no statistics ({error})") from None
+    for name, ours in settings.items():
+        if name in stats and (theirs := stats[name].item()) != ours:
+            raise common.UserError(
+                f"{path} has {name} {theirs}, not {ours} as needed here: make it anew with "
+                "--save_stats beside this candidate and with these flags"
+            )
+    if "n" not in stats:
+        print(f"{path} does not say where it comes from: n, size, mode and features unchecked")
+    return {"n": 0, **dict.fromkeys(SETTINGS, "unknown"), **settings, **stats}
+
+
+def compare(reference, candidate, names):
+    """Print and return the FID of two statistics, with where it comes from."""
+    fid = frechet_distance(*(stats[x] for stats in (reference, candidate) for x in ("mu", "sigma")))
+    counts = [int(stats["n"]) for stats in (reference, candidate)]
+    sides = " and ".join(f"{name} ({n or '?'} images)" for name, n in zip(names, counts))
+    size = reference["size"] or "own"
+    how = f"size {size}, mode {reference['mode']}, features {reference['features']}"
+    print(f"FID {fid:.4f} between {sides}; {how}", flush=True)
+    if 0 < min(counts) < 10_000:
+        print(f"{min(counts):,} images give a higher FID than more would: compare like with like")
+    if 0 < min(counts) < 2048:
+        print("below 2,048 images the covariance is singular: a rough figure only")
+    if str(reference["features"]).startswith("random"):
+        print("random features: a test of the plumbing, no measure of quality")
+    return fid
+
+
+def measure_all(run, reference, net, like, settings, args):
+    """The FID of each snapshot of a run, into fid.csv and fid.png of its folder."""
+    snapshots = sorted(run.glob("generator_*.pt"), key=lambda path: (len(path.name), path.name))
+    if not snapshots:
+        raise common.UserError(
+            f"{run} has no snapshots yet: train on, or with a lower --checkpoint"
+        )
+    lines, steps, fids = ["snapshot,step,fid\n"], [], []
+    for path in snapshots:
+        stats = stats_of(path, net, like, settings, args)
+        steps.append(common.load_file(path)["step"])
+        fids.append(compare(reference, stats, (args.reference, path)))
+        lines.append(f"{path.name},{steps[-1]},{fids[-1]:.6f}\n")
+    if common.rank() == 0:
+        with common.replacing(run / "fid.csv") as temporary:
+            temporary.write_text("".join(lines))
+        title = f"FID to {args.reference}, {args.img_num:,} samples, {settings['features']}"
+        common.save_curves([(title, steps, {"": fids})], run / "fid.png", "steps")
+    best = min(fids)
+    print(f"best: {snapshots[fids.index(best)]}, {best:.4f}; all in {run}/fid.csv and fid.png")
+
+
+def shape_of(source):
+    """(image_size, channels) of what a run or snapshot generates."""
+    _, _, size, channels = generate.sample(*generate.load_generator(source), [0]).shape
+    return size, channels
+
+
+def main():
+    with common.exit_codes():
+        args = get_args(sys.argv[1:])
+        device = common.join_ranks(args.device)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        sources = [Path(name) for name in (args.reference, args.candidate) if name]
+        shapes = {shape_of(source) for source in sources if is_generator(source)}
+        if len(shapes) > 1:
+            raise common.UserError(f"the generators differ in (size, channels): {sorted(shapes)}")
+        like = min(shapes, default=None)
+
+        net, settings, stats = None, {}, {}
+        if any(source.suffix != ".npz" for source in sources):
+            net, features = load_inception(args.features, args.weights, device, args.precision)
+            settings = {"size": like[0] if like else 0, "mode": args.mode, "features": features}
+        if args.all:
+            sources.pop()  # its snapshots are measured one by one
+        for source in sorted(sources, key=lambda source: source.suffix != ".npz"):  # fails early
+            stats[source] = stats_of(source, net, like, settings, args)
+            settings = settings or {name: stats[source][name] for name in SETTINGS}
+        reference = stats[sources[0]]
+        if args.save_stats and common.rank() == 0:
+            with common.replacing(args.save_stats) as temporary, temporary.open("wb") as file:
+                np.savez(file, **reference)
+            print(f"{args.save_stats}: statistics of {args.reference}")
+        if args.all:
+            measure_all(Path(args.candidate), reference, net, like, settings, args)
+        elif args.candidate:
+            compare(reference, stats[sources[1]], sources)
+
+
+if __name__ == "__main__":
+    main()
