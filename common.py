@@ -8,6 +8,7 @@ import argparse
 import configparser
 import contextlib
 import csv
+import datetime
 import errno
 import functools
 import gzip
@@ -35,6 +36,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 
 # ------------------------------------------------------------------------------ errors and files
@@ -192,6 +196,7 @@ def run_parser(script, manual, epochs, batch_size):
     add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
+    add("--ngpu", type=bounded(int, 1), default=1, help="processes, one a GPU; or use torchrun")
     add("--compile", action=switch, default=False, help="torch.compile: slow start, faster steps")
     add("--checkpoint", type=bounded(int, 1), default=10, help="epochs between snapshots of G")
     add("--sample_every", type=bounded(int, 1), default=1, help="epochs between sample grids")
@@ -209,7 +214,7 @@ def settings_of(args):
     return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "config", "summary")}
 
 
-MAY_CHANGE = ["epochs", "device", "compile", "checkpoint", "sample_every", "tensorboard"]
+MAY_CHANGE = ["epochs", "device", "ngpu", "compile", "checkpoint", "sample_every", "tensorboard"]
 MAY_CHANGE += ["path", "data_dir", "cache"]
 
 
@@ -221,6 +226,8 @@ def parse_flags(parser, argv):
         if args.path or args.dataset:  # other data than in the file
             settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
         args = parser.parse_args([*as_argv(settings), *argv])
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: go on
+        args.resume, args.out, args.config = args.resume or restarted(args, parser), None, None
     if args.resume:
         if args.out or args.config:
             raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
@@ -241,6 +248,13 @@ def parse_flags(parser, argv):
             f"--label needs --dataset {' or '.join(ADDRESSES)}: other data has no classes"
         )
     return args
+
+
+def restarted(args, parser):
+    """The folder of the run that torchrun starts again; None if it had not been saved yet."""
+    with contextlib.suppress(UserError):
+        folder = Path(args.out) if args.out else newest_run(Path(parser.prog).stem)
+        return folder if (folder / "checkpoint.pt").exists() else None
 
 
 def as_argv(settings):
@@ -302,37 +316,112 @@ def rank():
 
 
 def world_size():
-    """How many processes torchrun started."""
+    """How many processes torchrun started; alone, 1."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def start_ranks(script):
+    """Do what --ngpu N on the command line asks for: torchrun runs this script N times."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--ngpu", type=int, default=1)
+    with contextlib.suppress(argparse.ArgumentError):  # reported when all flags are parsed
+        n = parser.parse_known_args()[0].ngpu
+        if n > 1 and "RANK" not in os.environ:
+            flags = ["--standalone", f"--nproc_per_node={n}"]
+            try:
+                torchrun([*flags, str(script), *sys.argv[1:]])
+            except ChildFailedError as error:
+                sys.exit(error.get_first_failure()[1].exitcode)
+            except SignalException:
+                sys.exit(130)
+            sys.exit()
+
+
 def join_ranks(name):
-    """The torch.device of --device; under torchrun, one for each process, which meet here."""
+    """The torch.device of --device; under torchrun one for each process, and they meet here."""
     device = choose_device(name)
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            patience = datetime.timedelta(hours=6)  # for rank 0 to decode the images
+            dist.init_process_group(backend, timeout=patience)
         if rank() > 0:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (rank 0 speaks for all)
     return device
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What is in the block happens on rank 0 before it does on the others."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
 
 
 def gather(tensor):
     """The tensors of all ranks, in their order; alone, just this one."""
     if world_size() == 1:
         return [tensor]
-    tensor = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return parts
 
 
+def rank_mean(tensor):
+    """Its mean over all ranks, the same bits on each."""
+    return tensor if world_size() == 1 else torch.stack(gather(tensor)).mean(0)
+
+
+def from_rank_0(make):
+    """What make() returns on rank 0, where alone it is called, for all."""
+    box = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_any_rank(*flags):
+    """Whether each flag is set on any rank; a CPU matter, that waits for no GPU."""
+    if world_size() == 1:
+        return flags
+    flags = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def sync_grads(net):
+    """Average the gradients of a network over all ranks; alone, nothing happens."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = flat.div_(world_size()).split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts):
+        grad.copy_(part.view(grad.shape))
+
+
+def drawn(draw, n, *shape, device=None):
+    """draw(n, *shape) for this rank: its rows of what is drawn for the whole batch.
+
+    With torch.randn or torch.rand: as many ranks as there may be, a batch gets the same numbers.
+    """
+    whole = draw(n * world_size(), *shape, device=device)
+    return whole[rank() * n : (rank() + 1) * n]
+
+
 def setup(args):
     """Choose device and precision (which goes back into `args`), seed; returns the device."""
-    device = choose_device(args.device)
+    device = join_ranks(args.device)
+    if args.batch_size % world_size():
+        raise UserError(f"--batch_size {args.batch_size} does not divide by {world_size()} ranks")
+    if args.ngpu > 1 and world_size() == 1:
+        raise UserError("ngpu is for the command line: start your own script with torchrun")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if args.precision == "auto":  # bf16 where the hardware multiplies in it
@@ -358,9 +447,11 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def load_data(args):
     """The images that the flags name, uint8 (N, H, W, C); settles --augment auto."""
     if args.path:
-        images = load_images(args.path, args.image_size, args.channels, args.cache)
+        with rank_0_first():
+            images = load_images(args.path, args.image_size, args.channels, args.cache)
     elif args.dataset in ADDRESSES:
-        images, labels = read_dataset(args.dataset, args.data_dir)
+        with rank_0_first():
+            images, labels = read_dataset(args.dataset, args.data_dir)
         images = images[np.isin(labels, args.label)] if args.label else images
         images = resized(images, args.image_size, args.channels)
     else:
@@ -723,7 +814,7 @@ def augment(images, policy):
         return images
 
     def rand(*shape):
-        return torch.rand(len(images), *shape, device=images.device)
+        return drawn(torch.rand, len(images), *shape, device=images.device)
 
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device)[:, None]
@@ -860,23 +951,28 @@ class Run:
     def __init__(self, args, script, images, device, generator_args, z, **state):
         self.args, self.script, self.images, self.device = args, Path(script).stem, images, device
         self.generator_args, self.z, self.state = generator_args, z, state
-        k = getattr(args, "k", 1)
-        batch_size = min(args.batch_size, len(images) // k)
-        if batch_size < 2:
-            raise UserError(f"{len(images)} images are too few: a step needs {2 * k} (2 * k)")
+        self.k, ranks = getattr(args, "k", 1), world_size()
+        batch_size = min(args.batch_size, len(images) // self.k // ranks * ranks)
+        if batch_size < 2 * ranks:
+            need = (
+                f"{2 * self.k * ranks} (2 * k)" if ranks == 1 else f"2 * k on each of {ranks} ranks"
+            )
+            raise UserError(f"{len(images)} images are too few: a step needs {need}")
         if batch_size < args.batch_size:
             print(f"batches of {batch_size}: there are only {len(images)} images")
-        self.images_per_step = k * batch_size
+        self.images_per_step = self.k * batch_size
         self.steps_per_epoch = len(images) // self.images_per_step
         self.steps = args.epochs * self.steps_per_epoch
-        self.step, self.seconds, self.pending, self.stopping = 0, 0.0, [], False
+        self.step, self.seconds, self.pending = 0, 0.0, []
+        self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
         self.order, self.fresh_step, self.line = (None, None), None, ProgressLine()
-        writer = tensorboard_writer() if args.tensorboard else None
-        self.folder = args.resume or self.new_folder()
-        (self.folder / "samples").mkdir(exist_ok=True)
+        writer = tensorboard_writer() if args.tensorboard and rank() == 0 else None
+        self.folder = args.resume or from_rank_0(self.new_folder)
         if args.resume:
             self.restore()
-        write_ini(self.folder / "config.ini", self.script, settings_of(args))
+        if rank() == 0:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            write_ini(self.folder / "config.ini", self.script, settings_of(args))
         self.writer = writer and writer(self.folder, purge_step=self.step + 1)
 
     @property
@@ -885,6 +981,8 @@ class Run:
 
     def batches(self):
         """Yield each step's real images, (k * batch_size, C, H, W) in [-1, 1], until the end.
+
+        Of several ranks each gets its share of every batch.
 
         Everything random in a step follows from (seed, step): torch is seeded anew before each.
         Ctrl-C and SIGTERM let the step end, save, and raise KeyboardInterrupt.
@@ -895,13 +993,15 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, self.stop)
         try:
-            if self.step == 0:
+            if self.step == 0 and rank() == 0:
                 shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
                 save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
                 self.sample()
+            if self.step == 0:
                 self.save()
             yield from self.remaining_steps()
-            self.draw()
+            if rank() == 0:
+                self.draw()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -924,52 +1024,59 @@ class Run:
             real = real.to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
             real = real.float().div_(127.5).sub_(1)
             if self.args.flip:
-                mirrored = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
+                mirrored = drawn(torch.rand, len(real), 1, 1, 1, device=device) < 0.5
                 real = torch.where(mirrored, real.flip(3), real)
             yield real
 
     def fetch(self, images, step):
-        """The images (k * batch_size, H, W, C) of a step, uint8; in an epoch each at most once."""
+        """This rank's images (N, H, W, C) of a step, uint8; in an epoch each at most once."""
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.order[0]:
             order = np.random.default_rng((self.args.seed, epoch)).permutation(len(images))
             on_device = isinstance(images, torch.Tensor)
             self.order = epoch, torch.from_numpy(order).to(self.device) if on_device else order
-        batch = images[self.order[1][i * self.images_per_step : (i + 1) * self.images_per_step]]
+        whole = self.order[1][i * self.images_per_step : (i + 1) * self.images_per_step]
+        batch = images[whole.reshape(self.k, world_size(), -1)[:, rank()].flatten()]
         if isinstance(batch, np.ndarray):
             batch = torch.from_numpy(batch)
             return batch.pin_memory() if self.device.type == "cuda" else batch
         return batch
 
     def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        self.stop_asked = True
+        if not dist.is_initialized():  # torchrun repeats the signal
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
 
     def log(self, stats):
         """End a step with its 0-d tensors `stats`; writes what is due."""
         self.step += 1
         self.pending.append(stats)
         within, last = self.step % self.steps_per_epoch, self.step == self.steps
+        unsaved = time.monotonic() - self.saved if rank() == 0 else 0  # its clock counts
+        save_due = unsaved > (SAVE_AFTER if within else REST)
+        self.stopping, save_due = on_any_rank(self.stop_asked, save_due)
         if within % math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH) == 0 or within == 0:
             self.write_row()
-        if within == 0 and (last or self.epoch % self.args.sample_every == 0):
+        if rank() == 0 and within == 0 and (last or self.epoch % self.args.sample_every == 0):
             self.sample()
-        if within == 0 and (last or self.epoch % self.args.checkpoint == 0):
+        if rank() == 0 and within == 0 and (last or self.epoch % self.args.checkpoint == 0):
             save_file(self.snapshot(), self.folder / f"generator_{self.epoch:04d}.pt")
-        unsaved = time.monotonic() - self.saved
-        if last or self.stopping or unsaved > (SAVE_AFTER if within else REST):
+        if last or self.stopping or save_due:
             self.save()
         if within == 0:
             self.marked, self.marked_step = time.monotonic(), self.step
 
     def means(self):
         """Means of the statistics since the last row; UserError if one is not finite."""
-        names = list(self.pending[0])
-        table = torch.stack([torch.stack([row[name] for name in names]) for row in self.pending])
-        means = table.cpu().double().mean(0).tolist()
+        means = rank_mean(self.pending_table().double().mean(0)).tolist()
         if not all(map(math.isfinite, means)):
             raise self.not_finite("loss")
-        return dict(zip(names, means, strict=True))
+        return dict(zip(self.pending[0], means, strict=True))
+
+    def pending_table(self):
+        """(steps since the last row, statistics)"""
+        rows = [torch.stack([*stats.values()]) for stats in self.pending]
+        return torch.stack(rows) if rows else torch.empty(0, 0)
 
     def not_finite(self, what):
         return UserError(
@@ -981,6 +1088,8 @@ class Run:
         """A row of metrics.csv, and the progress line."""
         means, now = self.means(), time.monotonic()
         self.pending = []
+        if rank() > 0:
+            return
         speed = (self.step - self.marked_step) * self.images_per_step / (now - self.marked)
         seconds = self.seconds + now - self.started
         row = {"step": self.step, "seconds": seconds, "images_per_s": speed, **means}
@@ -1010,7 +1119,8 @@ class Run:
         for i in range(rows):
             print("  ".join(f"{cell:<30}" for cell in cells[i::rows]).rstrip())
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
-        print("G has {:,} parameters, D {:,}".format(*counts), f"on {self.device}", sep=", ")
+        where = f"on {self.device}" + f", {world_size()} processes" * (world_size() > 1)
+        print("G has {:,} parameters, D {:,}".format(*counts), where, sep=", ")
         span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
         print(f"{self.folder}: {span}", flush=True)
 
@@ -1037,14 +1147,16 @@ class Run:
                     if held["exp_avg"].shape != p.shape or held["exp_avg_sq"].shape != p.shape:
                         raise ValueError(f"{name} has other shapes")
             self.step, self.seconds, n_images = run["step"], run["seconds"], run["n_images"]
-            self.pending = [
-                {k: v.to(self.device) for k, v in row.items()} for row in run["pending"]
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            names, tables = run["pending"]["names"], run["pending"]["of_ranks"]
+            table = tables[min(rank(), len(tables) - 1)].to(self.device)
+            self.pending = [dict(zip(names, row.unbind(), strict=True)) for row in table]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path} does not fit {self.script}.py ({reason})") from None
         if n_images != len(self.images):
             raise UserError(f"{path} knows {n_images} images, not {len(self.images)}: start anew")
+        if rank() > 0:
+            return
         for leftover in self.folder.glob("**/.*.part"):  # of a killed process
             leftover.unlink()
         if metrics.exists():
@@ -1084,7 +1196,14 @@ class Run:
             raise self.not_finite("weight")
         self.saved = time.monotonic()
         seconds = self.seconds + (self.saved - self.started if self.step else 0)
-        progress = {"n_images": len(self.images), "seconds": seconds, "pending": self.pending}
+        tables = [table.cpu() for table in gather(self.pending_table())]
+        pending = {"names": [*self.pending[0]] if self.pending else [], "of_ranks": tables}
+        if world_size() > 1:
+            for buffer in (b for name in ("G", "D") for b in self.state[name].buffers()):
+                dist.broadcast(buffer, 0)  # BatchNorm's running statistics
+        if rank() > 0:
+            return
+        progress = {"n_images": len(self.images), "seconds": seconds, "pending": pending}
         parts = {name: part.state_dict() for name, part in self.state.items()}
         save_file(self.snapshot() | parts | progress, self.folder / "checkpoint.pt")
 
@@ -1100,7 +1219,9 @@ class Run:
         with (self.folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         if rows:
-            kimg, *y = ([float(row[name]) for row in rows] for name in ("kimg", *COLUMNS[4:8]))
-            losses = ("loss", kimg, {"D": y[0], "G": y[1]})
-            answers = ("D's answer", kimg, {"D(x)": y[2], "D(G(z))": y[3]})
-            save_curves([losses, answers], self.folder / "losses.png", "thousand images seen")
+            of = {name: [float(row[name]) for row in rows] for name in rows[0]}
+            kimg, own = of["kimg"], {name: y for name, y in of.items() if name not in COLUMNS}
+            panels = [("loss", kimg, {"D": of["loss_d"], "G": of["loss_g"]})]
+            panels += [("D's answer", kimg, {"D(x)": of["d_real"], "D(G(z))": of["d_fake"]})]
+            panels += [("per step", kimg, own)] if own else []
+            save_curves(panels, self.folder / "losses.png", "thousand images seen")

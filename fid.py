@@ -271,7 +271,7 @@ def to_input(pixels, mode):
         resized = np.stack([np.asarray(band.resize(size, bicubic)) for band in bands])
         image = (torch.from_numpy(resized).clamp(0, 255) - 128) / 128
     else:
-        image = torch.from_numpy(pixels).permute(2, 0, 1).float()[None] / 255
+        image = torch.tensor(pixels).permute(2, 0, 1).float()[None] / 255
         image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)[0] * 2 - 1
     return image.expand(3, SIDE, SIDE)
 
@@ -318,7 +318,7 @@ def feature_stats(images, net=None, mode="legacy", batch_size=32):
     weight, blank = next(net.parameters()), torch.zeros(3, SIDE, SIDE)
     moments, line, images = Moments(), common.ProgressLine(), iter(images)
     prepare = functools.partial(to_input, mode=mode)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
         while part := list(itertools.islice(images, batch_size)):
             # always full batches, since rounding may depend on their size
             batch = [*pool.map(prepare, part), *[blank] * (batch_size - len(part))]
@@ -444,7 +444,7 @@ def read_stats(path, settings):
             )
     if "n" not in stats:
         print(f"{path} does not say where it comes from: n, size, mode and features unchecked")
-    return {"n": 0, **dict.fromkeys(SETTINGS, "unknown"), **settings, **stats}
+    return {"n": 0, **settings, **stats}
 
 
 def compare(reference, candidate, names):
@@ -452,14 +452,13 @@ def compare(reference, candidate, names):
     fid = frechet_distance(*(stats[x] for stats in (reference, candidate) for x in ("mu", "sigma")))
     counts = [int(stats["n"]) for stats in (reference, candidate)]
     sides = " and ".join(f"{name} ({n or '?'} images)" for name, n in zip(names, counts))
-    size = reference["size"] or "own"
-    how = f"size {size}, mode {reference['mode']}, features {reference['features']}"
-    print(f"FID {fid:.4f} between {sides}; {how}", flush=True)
+    how = ", ".join(f"{name} {candidate.get(name, 'unknown')}" for name in SETTINGS)
+    print(f"FID {fid:.4f} between {sides}; {how.replace('size 0', 'size own')}", flush=True)
     if 0 < min(counts) < 10_000:
         print(f"{min(counts):,} images give a higher FID than more would: compare like with like")
     if 0 < min(counts) < 2048:
         print("below 2,048 images the covariance is singular: a rough figure only")
-    if str(reference["features"]).startswith("random"):
+    if "features random" in how:
         print("random features: a test of the plumbing, no measure of quality")
     return fid
 
@@ -511,7 +510,7 @@ def main():
             sources.pop()  # its snapshots are measured one by one
         for source in sorted(sources, key=lambda source: source.suffix != ".npz"):  # fails early
             stats[source] = stats_of(source, net, like, settings, args)
-            settings = settings or {name: stats[source][name] for name in SETTINGS}
+            settings = settings or {k: v for k, v in stats[source].items() if k in SETTINGS}
         reference = stats[sources[0]]
         if args.save_stats and common.rank() == 0:
             with common.replacing(args.save_stats) as temporary, temporary.open("wb") as file:

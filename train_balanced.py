@@ -31,9 +31,9 @@ def get_args(argv):
     add("--margin", type=rate, default=0.1, help="how far the losses may lie apart; inf: any")
     add("--max_extra", type=common.bounded(int, 0), default=10, help="extra updates in a step")
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
-    add("--width", type=number, default=128, help="channels next to the image, doubling inwards")
-    add("--lrd", type=rate, default=2e-5, help="Adam's rate for D")
-    add("--lrg", type=rate, default=2e-5, help="Adam's rate for G")
+    add("--width", type=number, default=32, help="channels next to the image; 128: as published")
+    add("--lrd", type=rate, default=1e-4, help="Adam's rate for D; 2e-5: as published")
+    add("--lrg", type=rate, default=1e-4, help="Adam's rate for G; 2e-5: as published")
     add("--beta1", type=common.bounded(float, 0, 0.999), default=5e-4, help="Adam's momentum")
     add("--dropout", type=common.bounded(float, 0, 0.9), default=0.2, help="in D")
     args = common.parse_flags(parser, argv)
@@ -119,25 +119,27 @@ def update_d(D, opt_d, real, fake, args):
     -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit). The mean is over real and
     fake images together. They share a pass, as no BatchNorm mixes them.
     """
-    logits = D(common.augment(torch.cat([real, fake.detach()]), args.augment))
-    logits_real, logits_fake = logits.chunk(2)
+    both = [common.augment(images, args.augment) for images in (real, fake.detach())]
+    logits_real, logits_fake = D(torch.cat(both)).chunk(2)
     loss_d = torch.cat([F.softplus(-logits_real), F.softplus(logits_fake)]).mean()
     opt_d.zero_grad()
     loss_d.backward()
+    common.sync_grads(D)
     opt_d.step()
-    return loss_d.detach(), logits_real.detach(), logits_fake.detach()
+    return common.rank_mean(loss_d.detach()), logits_real.detach(), logits_fake.detach()
 
 
-def update_g(D, opt_g, fake, args):
+def update_g(G, D, opt_g, fake, args):
     """G: maximize log D(G(z)), the non-saturating form. Returns as update_d does."""
     D.requires_grad_(False)
     logits_fake = D(common.augment(fake, args.augment))
     loss_g = F.softplus(-logits_fake).mean()
     opt_g.zero_grad()
     loss_g.backward()
+    common.sync_grads(G)
     opt_g.step()
     D.requires_grad_(True)
-    return loss_g.detach(), logits_fake.detach()
+    return common.rank_mean(loss_g.detach()), logits_fake.detach()
 
 
 def balance(loss_d, loss_g, extra_d, extra_g, args):
@@ -162,14 +164,14 @@ def balance(loss_d, loss_g, extra_d, extra_g, args):
 
 def train_step(G, D, opt_d, opt_g, real, args):
     """An update of D and one of G, then those that balance asks for. Returns 0-d tensors."""
-    z = torch.rand(len(real), args.z_dim, device=real.device) * 2 - 1
+    z = common.drawn(torch.rand, len(real), args.z_dim, device=real.device) * 2 - 1
     fake = G(z)
     loss_d, logits_real, logits_fake = update_d(D, opt_d, real, fake, args)
-    loss_g, logits_fake_g = update_g(D, opt_g, fake, args)
+    loss_g, logits_fake_g = update_g(G, D, opt_g, fake, args)
     extra_d, extra_g, bound = balance(
         loss_d, loss_g,
         lambda: update_d(D, opt_d, real, fake, args)[0],
-        lambda: update_g(D, opt_g, G(z), args)[0],
+        lambda: update_g(G, D, opt_g, G(z), args)[0],
         args,
     )  # fmt: skip
     return {
@@ -182,6 +184,18 @@ def train_step(G, D, opt_d, opt_g, real, args):
         "extra_g": loss_d.new_tensor(extra_g),
         "bound": loss_d.new_tensor(bound),
     }
+
+
+def imbalance(stats, args):
+    """What it means that most of these steps hit the bound, and what helps; else None."""
+    bound, of_d, of_g = (sum(s[k].item() for s in stats) for k in ("bound", "extra_d", "extra_g"))
+    if bound <= len(stats) / 2:
+        return None
+    behind, ahead = ("D", "G") if of_d > of_g else ("G", "D")
+    return (
+        f"in most steps {behind} stays behind {ahead} even with {args.max_extra} extra updates: "
+        f"raise --lr{behind.lower()}, lower --lr{ahead.lower()}, or allow it with a larger --margin"
+    )
 
 
 def train(*argv, **flags):
@@ -207,15 +221,23 @@ def train(*argv, **flags):
     z = {"dim": args.z_dim, "distribution": "uniform"}
     state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
     run = common.Run(args, __file__, images, device, generator_args, z, **state)
+    epoch, told = [], None
     for real in run.batches():
         stats = train_step(G, D, opt_d, opt_g, real, args)
         common.update_ema(G_ema, G, run.step, args.ema)
         run.log(stats)
+        epoch.append(stats)
+        if run.step % run.steps_per_epoch == 0:
+            advice, epoch = imbalance(epoch, args), []
+            if advice and advice != told:
+                print(f"\nepoch {run.epoch}: {advice}", flush=True)
+            told = advice
     return run.folder
 
 
 def main():
     with common.exit_codes():
+        common.start_ranks(__file__)
         train(*sys.argv[1:])
 
 

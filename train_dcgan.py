@@ -108,7 +108,7 @@ def train_step(G, D, opt_d, opt_g, real, args):
     for x in real.chunk(args.k):
         # D: maximize log D(x) + log(1 - D(G(z))). Real and fake go separately: BatchNorm must not
         # mix them. With one-sided smoothing s: (1 - s) log D(x) + s log(1 - D(x)) for the real.
-        fake = G(torch.randn(len(x), args.z_dim, device=x.device))
+        fake = G(common.drawn(torch.randn, len(x), args.z_dim, device=x.device))
         logits_real = D(common.augment(x, args.augment))
         logits_fake = D(common.augment(fake.detach(), args.augment))
         s = args.one_sided
@@ -116,6 +116,7 @@ def train_step(G, D, opt_d, opt_g, real, args):
         loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
         opt_d.zero_grad()
         loss_d.backward()
+        common.sync_grads(D)
         opt_d.step()
 
     # G: maximize log D(G(z)), the non-saturating form, with the images that D has just seen
@@ -124,6 +125,7 @@ def train_step(G, D, opt_d, opt_g, real, args):
     loss_g = F.softplus(-logits_fake_g).mean()
     opt_g.zero_grad()
     loss_g.backward()
+    common.sync_grads(G)
     opt_g.step()
     D.requires_grad_(True)
     return {
@@ -170,6 +172,7 @@ def train(*argv, **flags):
 
 def main():
     with common.exit_codes():
+        common.start_ranks(__file__)
         train(*sys.argv[1:])
 
 

@@ -104,12 +104,13 @@ def train_step(G, D, opt_d, opt_g, real, args):
     sign = -1.0 if args.flip_labels else 1.0
     for x in real.chunk(args.k):
         # D: maximize log P(real | x) + log P(fake | G(z)); in one pass, as no BatchNorm mixes them
-        fake = G(torch.randn(len(x), args.z_dim, device=x.device))
-        both = common.augment(torch.cat([x, fake.detach()]), args.augment)
-        logits_real, logits_fake = (sign * D(both)).chunk(2)
+        fake = G(common.drawn(torch.randn, len(x), args.z_dim, device=x.device))
+        both = [common.augment(images, args.augment) for images in (x, fake.detach())]
+        logits_real, logits_fake = (sign * D(torch.cat(both))).chunk(2)
         loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         opt_d.zero_grad()
         loss_d.backward()
+        common.sync_grads(D)
         opt_d.step()
 
     # G: maximize log P(real | G(z)), the non-saturating form, with the images D has just seen
@@ -118,6 +119,7 @@ def train_step(G, D, opt_d, opt_g, real, args):
     loss_g = F.softplus(-logits_fake_g).mean()
     opt_g.zero_grad()
     loss_g.backward()
+    common.sync_grads(G)
     opt_g.step()
     D.requires_grad_(True)
     return {
@@ -161,6 +163,7 @@ def train(*argv, **flags):
 
 def main():
     with common.exit_codes():
+        common.start_ranks(__file__)
         train(*sys.argv[1:])
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import fid
 import generate
+import train_balanced
 import train_dcgan
 import train_fcgan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^ *(?:\.venv/bin/)?python (\w+\.py.*)$", README, re.MULTILINE)
-SCRIPTS = (train_dcgan, train_fcgan, generate)
+SCRIPTS = (train_dcgan, train_fcgan, train_balanced, generate, fid)
 PARSERS = {f"{script.__name__}.py": script.get_args for script in SCRIPTS}
 
 
