@@ -60,6 +60,8 @@ def exit_codes():
         message = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
             message = "out of memory: lower --batch_size, --width or --image_size"
+        elif dist.is_initialized() and "by peer" in message:  # connection closed, reset
+            message = "another process has ended: its error is the reason"
         elif not isinstance(error, (UserError, OSError)):
             raise
         line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
@@ -346,8 +348,12 @@ def join_ranks(name):
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            patience = datetime.timedelta(hours=6)  # for rank 0 to decode the images
-            dist.init_process_group(backend, timeout=patience)
+            patience = {"timeout": datetime.timedelta(hours=6)}  # rank 0 may decode many images
+            store, number, size = next(dist.rendezvous("env://", **patience))
+            # processes that torchrun starts again must not meet the traces of those before
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            ranks = {"store": store, "rank": number, "world_size": size}
+            dist.init_process_group(backend, **ranks, **patience)
         if rank() > 0:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (rank 0 speaks for all)
     return device

@@ -1,0 +1,155 @@
+"""Several processes under torchrun: the same training, shared; only rank 0 writes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+import train_dcgan
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+WORKER = str(ROOT / "tests/rank_worker.py")
+TINY = ["--image_size=16", "--z_dim=8", "--batch_size=12", "--channels=1", "--precision=fp32"]
+PLAIN = ["--norm=none", "--augment=colour,translation,cutout", "--flip"]  # nothing per rank in it
+STILL = ["--lrd=0", "--lrg=0", "--epochs=1"]
+SCENARIOS = [
+    ["train_dcgan", *TINY, *PLAIN, *STILL, "--width=4", "--k=2", "--path=imgs", "--out=dcgan"],
+    ["train_fcgan", *TINY, *PLAIN, *STILL, "--hidden_g=9", "--hidden_d=9", "--dropout=0",
+     "--path=imgs", "--out=fcgan"],
+    ["train_balanced", *TINY, "--width=4", "--path=imgs", "--out=balanced", "--epochs=2",
+     "--margin=0"],
+    ["train_dcgan", *TINY, "--width=4", "--path=imgs", "--out=undisturbed", "--epochs=3"],
+]  # fmt: skip
+
+
+@pytest.fixture
+def grey_levels():
+    """A folder imgs/ of 29 images, the i-th all of the grey level 8 i."""
+    Path("imgs").mkdir()
+    for i in range(29):
+        Image.fromarray(np.full((16, 16), 8 * i, np.uint8)).save(f"imgs/{i:02d}.png")
+
+
+def start(launcher, *command, **environment):
+    """A process group of its own, as a shell starts one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [*TORCHRUN, *launcher, *map(str, command)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process, code=0, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def noted(run, ranks):
+    return [torch.load(f"{run}-{ranks}-{rank}.pt") for rank in range(ranks)]
+
+
+def assert_same_tensors(a, b, **tolerance):
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    for name in a:
+        for x, y in zip(a[name], b[name], strict=True):
+            torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
+    job = json.dumps(SCENARIOS)
+    finish(start(["--standalone", "--nproc_per_node=1"], WORKER, job))
+    for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
+        Path(run).rename(f"{run}-of-1")
+    finish(start(["--standalone", "--nproc_per_node=3"], WORKER, job))
+    for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
+        Path(run).rename(f"{run}-of-3")
+    there = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    there += [f"--master_port={free_port()}"]
+    machines = [start([*there, f"--node_rank={rank}"], WORKER, job) for rank in range(2)]
+    (out, _), (silence, _) = map(finish, machines)
+    assert "2 processes" in out and silence == ""
+
+    for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
+        (alone,) = noted(run, 1)
+        for ranks in (2, 3):
+            parts = noted(run, ranks)
+            for part in parts[1:]:
+                assert part["written"] == [] and part["step"] == alone["step"]
+                assert_same_tensors(part["weights"], parts[0]["weights"])
+            together = torch.cat([part["seen"] for part in parts])[:, 0, 0, 0]
+            assert len(together) == len(set(together.tolist())) == 24  # each once an epoch
+            assert set(together.tolist()) == set(alone["seen"][:, 0, 0, 0].tolist())
+            if run in ("dcgan", "fcgan"):
+                for part in parts:
+                    assert_same_tensors(part["grads"], alone["grads"], rtol=1e-4, atol=1e-6)
+                rows = [np.loadtxt(f"{name}/metrics.csv", delimiter=",", skiprows=1, ndmin=2)
+                        for name in (f"{run}-of-1", f"{run}-of-3", run)]  # fmt: skip
+                assert rows[0].shape == rows[1].shape == rows[2].shape
+                for row in rows[1:]:
+                    np.testing.assert_allclose(row[:, 4:9], rows[0][:, 4:9], rtol=1e-4)
+    assert Path("undisturbed/losses.png").exists()
+
+    # a worker killed at step 3 is started again and ends with the same bits
+    disturbed = [word.replace("undisturbed", "disturbed") for word in SCENARIOS[-1]]
+    launcher = ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    finish(start(launcher, WORKER, json.dumps([disturbed]), EVENT="kill"))
+    a, b = (common.load_file(f"{run}/checkpoint.pt") for run in ("undisturbed", "disturbed"))
+    for name in ("G", "D", "G_ema"):
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name])
+    losses = [
+        [line.split(",")[4:9] for line in Path(run, "metrics.csv").read_text().splitlines()]
+        for run in ("undisturbed", "disturbed")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) > 3
+
+
+def test_an_error_in_one_rank_ends_all_with_the_reason_on_screen(grey_levels):
+    launcher, job = ["--standalone", "--nproc_per_node=2"], json.dumps(SCENARIOS[-1:])
+    started = time.monotonic()
+    _, err = finish(start(launcher, WORKER, job, EVENT="raise"), code=1)
+    assert "rank 1 has had enough" in err and time.monotonic() - started < 60
+    assert common.load_file("undisturbed/checkpoint.pt")["step"] == 3
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(grey_levels):
+    command = [sys.executable, ROOT / "train_dcgan.py", "--ngpu=2", "--path=imgs", "--batch_size=7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: --batch_size 7 does not divide by 2 ranks" in done.stderr
+    assert not Path("runs").exists() and not Path(".cache").exists()
+
+
+def test_ctrl_c_ends_all_ranks_at_the_same_step_with_a_checkpoint(grey_levels):
+    scenario = [*SCENARIOS[-1][:-1], "--epochs=100000"]
+    process = start(["--standalone", "--nproc_per_node=2"], WORKER, json.dumps([scenario]))
+    metrics = Path("undisturbed/metrics.csv")
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, _ = process.communicate(timeout=60)
+    assert "to go on: python train_dcgan.py --resume undisturbed" in out
+    steps = [part["step"] for part in noted("undisturbed", 2)]
+    assert steps[0] == steps[1] == common.load_file("undisturbed/checkpoint.pt")["step"]
+
+
+def test_python_says_how_several_processes_are_started(grey_levels):
+    with pytest.raises(common.UserError, match="torchrun"):
+        train_dcgan.train(path="imgs", ngpu=2)
