@@ -18,6 +18,7 @@ cropped and resized as for training; otherwise every image keeps its own size.
 FIDs compare only where images on both sides, their size, --mode and features are the same.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -336,9 +337,13 @@ def feature_stats(images, net=None, mode="legacy", batch_size=32):
 
 
 def factor(sigma):
-    """L (d, rank) with L L^T = sigma: a pivoted Cholesky factor, however singular sigma is."""
+    """L (d, rank) with L L^T = sigma, by Cholesky; with pivots where sigma is singular."""
     d = len(sigma)
     noise = d * np.finfo(float).eps * sigma.diagonal().max()
+    with contextlib.suppress(np.linalg.LinAlgError):
+        L = np.linalg.cholesky(sigma)
+        if L.diagonal().min() ** 2 > noise:
+            return L
     packed, pivots, rank, _ = dpstrf(sigma, tol=noise, lower=1)
     L = np.empty((d, rank))
     L[pivots - 1] = np.tril(packed)[:, :rank]

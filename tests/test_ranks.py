@@ -74,7 +74,7 @@ def assert_same_tensors(a, b, **tolerance):
 
 def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
     job = json.dumps(SCENARIOS)
-    finish(start(["--standalone", "--nproc_per_node=1"], WORKER, job))
+    subprocess.run([sys.executable, WORKER, job], check=True, capture_output=True)
     for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
         Path(run).rename(f"{run}-of-1")
     finish(start(["--standalone", "--nproc_per_node=3"], WORKER, job))
