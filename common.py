@@ -1,6 +1,6 @@
 """Everything around the networks, shared by the training scripts.
 
-In order: errors and files, flags, devices, images, networks, pictures, and the run that ties them
+In order: errors and files, flags, devices and ranks, images, networks, pictures, and the run that ties them
 together. No network, loss or update rule is here: those are in the train_*.py.
 """
 
@@ -297,7 +297,7 @@ def read_ini(path, parser):
     return settings
 
 
-# --------------------------------------------------------------------------------------- devices
+# ----------------------------------------------------------------------------- devices and ranks
 
 
 def choose_device(name):
@@ -413,9 +413,9 @@ def sync_grads(net):
 
 
 def drawn(draw, n, *shape, device=None):
-    """draw(n, *shape) for this rank: its rows of what is drawn for the whole batch.
+    """n rows of torch.rand or torch.randn: this rank's, out of those drawn for the whole batch.
 
-    With torch.randn or torch.rand: as many ranks as there may be, a batch gets the same numbers.
+    So a batch gets the same numbers whatever the number of ranks.
     """
     whole = draw(n * world_size(), *shape, device=device)
     return whole[rank() * n : (rank() + 1) * n]

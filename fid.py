@@ -390,10 +390,13 @@ def images_of(source, like, args):
     elif name == "glyphs":
         yield from common.draw_glyphs(*(like or (32, 3)))[share]
     elif name in common.ADDRESSES:
-        images = common.read_dataset(name, args.data_dir)[0][share]
+        with common.rank_0_first():
+            images = common.read_dataset(name, args.data_dir)[0][share]
         yield from common.resized(images, like[0], str(like[1])) if like else images
     elif like:
-        yield from common.load_images(source, like[0], str(like[1]), args.cache)[share]
+        with common.rank_0_first():
+            images = common.load_images(source, like[0], str(like[1]), args.cache)[share]
+        yield from images
     else:
         yield from decoded(source, share)
 

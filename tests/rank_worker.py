@@ -1,6 +1,6 @@
 """What test_ranks.py runs under torchrun: trainings that note what each rank saw and made.
 
-Environment: EVENT "raise" or "kill" happens on rank 1 at the end of step 3, once.
+Environment: EVENT, such as "raise 3" or "kill 2", happens on rank 1 at the end of that step, once.
 """
 
 import json
@@ -24,12 +24,12 @@ log, fetch, replacing = common.Run.log, common.Run.fetch, common.replacing
 
 def noting_log(run, stats):
     log(run, stats)
+    event, step = os.environ.get("EVENT", "none 0").split()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if common.rank() == 1 and run.step == 3 and not restarted:
-        if os.environ.get("EVENT") == "raise":
+    if common.rank() == 1 and run.step == int(step) and not restarted:
+        if event == "raise":
             raise ArithmeticError("rank 1 has had enough")
-        if os.environ.get("EVENT") == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
     nets = {name: run.state[name] for name in ("G", "D", "G_ema")}
     made = {
         "step": run.step,

@@ -14,7 +14,9 @@ import train_dcgan
 import train_fcgan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^ *(?:\.venv/bin/)?python (\w+\.py.*)$", README, re.MULTILINE)
+COMMANDS = re.findall(
+    r"^ *(?:\.venv/bin/)?(?:python|torchrun .*?) (\w+\.py.*)$", README, re.MULTILINE
+)
 SCRIPTS = (train_dcgan, train_fcgan, train_balanced, generate, fid)
 PARSERS = {f"{script.__name__}.py": script.get_args for script in SCRIPTS}
 

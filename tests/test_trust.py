@@ -211,7 +211,7 @@ def test_a_read_only_place_is_one_line(imgs, tiny_disk, monkeypatch, capsys):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
 def test_training_from_a_memory_map_takes_no_memory_for_the_images():
-    """5,000 images, 61 MB: mapped, they add next to nothing to the anonymous memory."""
+    """2,560 images, 31 MB: mapped, they add next to nothing to the anonymous memory."""
     code = """
 import re, zlib, numpy as np, common, train_dcgan
 n = int(sys.argv[1])
@@ -224,11 +224,11 @@ try:
     images[0] = 0
 except ValueError:
     print("read-only")
-train_dcgan.train(dataset="glyphs", image_size=64, width=4, epochs=5000 // n)
+train_dcgan.train(dataset="glyphs", image_size=64, width=4, epochs=2560 // n)
 print("anonymous", re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
     anonymous = []
-    for n in (640, 5_000):
+    for n in (640, 2_560):
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         done = subprocess.run(
             [sys.executable, "-c", start + code, str(n)], capture_output=True, text=True
@@ -257,9 +257,9 @@ def test_out_of_memory_says_which_flags_help(imgs, monkeypatch, capsys):
 
 def test_kills_at_random_moments():
     """The short form of kill_loop.py."""
-    whole, killed, steps = kill_loop(kills=3, seed=1)
+    whole, killed, steps = kill_loop(kills=2, seed=1)
     assert_same_run(whole, killed)
-    assert len(steps) == 3
+    assert len(steps) == 2
 
 
 class Trap:
