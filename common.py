@@ -1,7 +1,7 @@
 """Everything around the networks, shared by the training scripts.
 
-In order: errors and files, flags, devices and ranks, images, networks, pictures, and the run that ties them
-together. No network, loss or update rule is here: those are in the train_*.py.
+In order: errors and files, flags, devices and ranks, images, networks, pictures, and the run that
+ties them together. No network, loss or update rule is here: those are in the train_*.py.
 """
 
 import argparse
@@ -213,10 +213,11 @@ def run_parser(script, manual, epochs, batch_size):
 
 def settings_of(args):
     """The settings of an experiment: every flag but those of one start of it."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "config", "summary")}
+    start = ("out", "resume", "config", "summary", "ngpu")
+    return {name: value for name, value in vars(args).items() if name not in start}
 
 
-MAY_CHANGE = ["epochs", "device", "ngpu", "compile", "checkpoint", "sample_every", "tensorboard"]
+MAY_CHANGE = ["epochs", "device", "compile", "checkpoint", "sample_every", "tensorboard"]
 MAY_CHANGE += ["path", "data_dir", "cache"]
 
 
@@ -228,8 +229,9 @@ def parse_flags(parser, argv):
         if args.path or args.dataset:  # other data than in the file
             settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
         args = parser.parse_args([*as_argv(settings), *argv])
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: go on
-        args.resume, args.out, args.config = args.resume or restarted(args, parser), None, None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max_restarts
+    if restarted and args.out and Path(args.out, "checkpoint.pt").exists():
+        args.resume, args.out, args.config = args.out, None, None
     if args.resume:
         if args.out or args.config:
             raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
@@ -241,7 +243,9 @@ def parse_flags(parser, argv):
         args = parser.parse_args([*as_argv(run["config"]), *argv])
         args.resume = folder
         for name, value in run["config"].items():
-            if name not in MAY_CHANGE and getattr(args, name, None) != value:
+            if getattr(args, name, None) == "auto":  # as was settled then
+                setattr(args, name, value)
+            elif name not in MAY_CHANGE and getattr(args, name, None) != value:
                 raise UserError(f"--{name} is {value} in {folder} and cannot change on --resume")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
@@ -250,13 +254,6 @@ def parse_flags(parser, argv):
             f"--label needs --dataset {' or '.join(ADDRESSES)}: other data has no classes"
         )
     return args
-
-
-def restarted(args, parser):
-    """The folder of the run that torchrun starts again; None if it had not been saved yet."""
-    with contextlib.suppress(UserError):
-        folder = Path(args.out) if args.out else newest_run(Path(parser.prog).stem)
-        return folder if (folder / "checkpoint.pt").exists() else None
 
 
 def as_argv(settings):
@@ -322,40 +319,49 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start_ranks(script):
-    """Do what --ngpu N on the command line asks for: torchrun runs this script N times."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--ngpu", type=int, default=1)
-    with contextlib.suppress(argparse.ArgumentError):  # reported when all flags are parsed
-        n = parser.parse_known_args()[0].ngpu
-        if n > 1 and "RANK" not in os.environ:
-            flags = ["--standalone", f"--nproc_per_node={n}"]
-            try:
-                torchrun([*flags, str(script), *sys.argv[1:]])
-            except ChildFailedError as error:
-                sys.exit(error.get_first_failure()[1].exitcode)
-            except SignalException:
-                sys.exit(130)
-            sys.exit()
+def start_ranks(script, get_args):
+    """With --ngpu N on the command line, torchrun runs this script N times and the process ends."""
+    if "RANK" in os.environ or not any(word.startswith("--ngpu") for word in sys.argv):
+        return
+    args = get_args(sys.argv[1:])  # what is wrong with the flags is said once, here
+    check_shares(args, args.ngpu)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.ngpu)))
+    try:
+        torchrun(["--standalone", f"--nproc_per_node={args.ngpu}", str(script), *sys.argv[1:]])
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+    except SignalException:
+        sys.exit(130)
+    sys.exit()
+
+
+def check_shares(args, ranks):
+    if args.batch_size % ranks:
+        raise UserError(f"--batch_size {args.batch_size} does not divide by {ranks} processes")
 
 
 def join_ranks(name):
     """The torch.device of --device; under torchrun one for each process, and they meet here."""
     device = choose_device(name)
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            patience = {"timeout": datetime.timedelta(hours=6)}  # rank 0 may decode many images
-            store, number, size = next(dist.rendezvous("env://", **patience))
-            # processes that torchrun starts again must not meet the traces of those before
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            ranks = {"store": store, "rank": number, "world_size": size}
-            dist.init_process_group(backend, **ranks, **patience)
-        if rank() > 0:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (rank 0 speaks for all)
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise UserError(f"more processes than GPUs: this machine has {count}")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"several processes work with cuda or --device cpu, not {device.type}")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        patience = {"timeout": datetime.timedelta(hours=6)}  # rank 0 may decode many images
+        store, number, size = next(dist.rendezvous("env://", **patience))
+        # processes that torchrun starts again must not meet the traces of those before
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, **patience)
+    if rank() > 0:  # rank 0 speaks for all
+        sys.stdout = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
     return device
 
 
@@ -424,8 +430,7 @@ def drawn(draw, n, *shape, device=None):
 def setup(args):
     """Choose device and precision (which goes back into `args`), seed; returns the device."""
     device = join_ranks(args.device)
-    if args.batch_size % world_size():
-        raise UserError(f"--batch_size {args.batch_size} does not divide by {world_size()} ranks")
+    check_shares(args, world_size())
     if args.ngpu > 1 and world_size() == 1:
         raise UserError("ngpu is for the command line: start your own script with torchrun")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1012,7 +1017,8 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stopping:
-            print(f"\nstopped; to go on: python {self.script}.py --resume {self.folder}")
+            ranks = f" --ngpu {world_size()}" * (world_size() > 1)
+            print(f"\nstopped; to go on: python {self.script}.py --resume {self.folder}{ranks}")
             raise KeyboardInterrupt
 
     def remaining_steps(self):
@@ -1030,8 +1036,9 @@ class Run:
             real = real.to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
             real = real.float().div_(127.5).sub_(1)
             if self.args.flip:
-                mirrored = drawn(torch.rand, len(real), 1, 1, 1, device=device) < 0.5
-                real = torch.where(mirrored, real.flip(3), real)
+                one = (len(real) // self.k, 1, 1, 1)  # of the k batches
+                draws = [drawn(torch.rand, *one, device=device) for _ in range(self.k)]
+                real = torch.where(torch.cat(draws) < 0.5, real.flip(3), real)
             yield real
 
     def fetch(self, images, step):
@@ -1082,7 +1089,7 @@ class Run:
     def pending_table(self):
         """(steps since the last row, statistics)"""
         rows = [torch.stack([*stats.values()]) for stats in self.pending]
-        return torch.stack(rows) if rows else torch.empty(0, 0)
+        return torch.stack(rows).cpu() if rows else torch.empty(0, 0)
 
     def not_finite(self, what):
         return UserError(
@@ -1202,8 +1209,8 @@ class Run:
             raise self.not_finite("weight")
         self.saved = time.monotonic()
         seconds = self.seconds + (self.saved - self.started if self.step else 0)
-        tables = [table.cpu() for table in gather(self.pending_table())]
-        pending = {"names": [*self.pending[0]] if self.pending else [], "of_ranks": tables}
+        names = [*self.pending[0]] if self.pending else []
+        pending = {"names": names, "of_ranks": gather(self.pending_table())}
         if world_size() > 1:
             for buffer in (b for name in ("G", "D") for b in self.state[name].buffers()):
                 dist.broadcast(buffer, 0)  # BatchNorm's running statistics

@@ -26,7 +26,6 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -68,8 +67,8 @@ def get_args(argv):
         raise common.UserError("one source has no distance: add a CANDIDATE, or --save_stats FILE")
     if args.save_stats and args.save_stats.suffix != ".npz":
         raise common.UserError(f"--save_stats {args.save_stats}: its name must end with .npz")
-    if args.all and not Path(args.candidate or "", "checkpoint.pt").is_file():
-        raise common.UserError("--all needs a run's folder as CANDIDATE")
+    if args.save_stats and args.reference.endswith(".npz"):
+        raise common.UserError(f"--save_stats: {args.reference} holds statistics already")
     args.img_num = args.img_num or (2500 if args.all else 10_000)
     return args
 
@@ -106,12 +105,12 @@ class Mixed(nn.Module):
             self.chains[branch], channels = [], before
             for i, link in enumerate(links, 1):
                 name = f"{branch}_{i}" if len(links) > 1 else branch
-                fork = {f"{name}{letter}": layer for letter, layer in zip("ab", link)}
-                layers = fork if isinstance(link, list) else {name: link}
-                for name, (after, *shape) in layers.items():
-                    self.add_module(name, Conv(channels, after, *shape))
-                self.chains[branch].append([getattr(self, name) for name in layers])
-                channels = after
+                layers = zip("ab", link) if isinstance(link, list) else [("", link)]
+                layers = {name + letter: Conv(channels, *layer) for letter, layer in layers}
+                for full_name, layer in layers.items():
+                    self.add_module(full_name, layer)
+                self.chains[branch].append([*layers.values()])
+                channels = layer.conv.out_channels
 
     def forward(self, x):
         outputs = []
@@ -175,17 +174,14 @@ class Inception(nn.Module):
         self.Mixed_5b = mixed_5(192, 32)  # 35
         self.Mixed_5c = mixed_5(256, 64)
         self.Mixed_5d = mixed_5(288, 64)
-        ends = {"branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": []}
-        self.Mixed_6a = Mixed(288, HALVE, branch3x3=[(384, 3, 2)], **ends)
+        three, double = [(384, 3, 2)], [(64, 1), (96, 3), (96, 3, 2)]
+        self.Mixed_6a = Mixed(288, HALVE, branch3x3=three, branch3x3dbl=double, branch_pool=[])
         self.Mixed_6b = mixed_6(128)  # 17
         self.Mixed_6c = mixed_6(160)
         self.Mixed_6d = mixed_6(160)
         self.Mixed_6e = mixed_6(192)
-        ends = {
-            "branch7x7x3": [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)],
-            "branch_pool": [],
-        }
-        self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)], **ends)
+        three, seven = [(192, 1), (320, 3, 2)], [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)]
+        self.Mixed_7a = Mixed(768, HALVE, branch3x3=three, branch7x7x3=seven, branch_pool=[])
         self.Mixed_7b = mixed_7(1280, AVERAGE)  # 8
         self.Mixed_7c = mixed_7(2048, MAX)
 
@@ -207,15 +203,14 @@ class Inception(nn.Module):
 def published_weights():
     """The path of the published weights in torch.hub's folder, downloaded if they are not there."""
     path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with common.rank_0_first():
         try:
-            torch.hub.download_url_to_file(ADDRESS + WEIGHTS, str(path), SHA256)
-        except (URLError, OSError, RuntimeError) as error:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(ADDRESS + WEIGHTS, str(path), SHA256)
+        except (OSError, RuntimeError) as error:  # no network; another hash
             how = f"put {ADDRESS}{WEIGHTS} into {path.parent}, or pass --weights FILE"
-            raise common.UserError(
-                f"no download of the Inception weights ({error}): {how}"
-            ) from None
+            raise common.UserError(f"no download of the weights ({error}): {how}") from None
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(SHA256):
         raise common.UserError(f"{path} is damaged: remove it, and it is downloaded again")
     return path
@@ -235,23 +230,18 @@ def load_inception(features="inception", weights=None, device="cpu", precision="
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=source)
     else:
         path = weights or published_weights()
+        unused = lambda name: name.startswith("fc.") or name.endswith("num_batches_tracked")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-            missing, unexpected = net.load_state_dict(state, strict=False)
+            net.load_state_dict({k: v for k, v in state.items() if not unused(k)})
         except FileNotFoundError:
             raise common.UserError(f"no such file: {path}") from None
         except Exception as error:  # damaged archives, other objects, wrong shapes
             reason = " ".join(str(error).split())[:200]
             raise common.UserError(f"{path} holds no weights of this network ({reason})") from None
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        if missing or unexpected:
-            reason = f"missing: {missing[:3]}, unexpected: {unexpected[:3]}"
-            raise common.UserError(f"{path} holds no weights of this network ({reason})")
     digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            digest.update(tensor.numpy())
+    for tensor in net.state_dict().values():
+        digest.update(tensor.numpy())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     net = net.fold().to(device, dtype, memory_format=torch.channels_last)
     return net, f"{features}-{precision}-{digest.hexdigest()[:8]}"
@@ -301,10 +291,12 @@ class Moments:
 
     def over_ranks(self):
         """Those of all ranks under torchrun together; each rank gets the same."""
-        d, flat = len(self.mean), torch.cat([self.mean, self.scatter.flatten()])
-        together, counts = Moments(d), common.gather(torch.tensor([self.n]))
-        for n, part in zip(counts, common.gather(flat)):
-            together.merge(n.item(), part[:d].cpu(), part[d:].view(d, d).cpu())
+        d, together = len(self.mean), Moments(len(self.mean))
+        for part in common.gather(
+            torch.cat([self.mean.new([self.n]), self.mean, self.scatter.flatten()])
+        ):
+            n, mean, scatter = part.split([1, d, d * d])
+            together.merge(int(n), mean, scatter.view(d, d))
         return together
 
 
@@ -319,7 +311,8 @@ def feature_stats(images, net=None, mode="legacy", batch_size=32):
     weight, blank = next(net.parameters()), torch.zeros(3, SIDE, SIDE)
     moments, line, images = Moments(), common.ProgressLine(), iter(images)
     prepare = functools.partial(to_input, mode=mode)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad(), exact:
         while part := list(itertools.islice(images, batch_size)):
             # always full batches, since rounding may depend on their size
             batch = [*pool.map(prepare, part), *[blank] * (batch_size - len(part))]
@@ -328,6 +321,7 @@ def feature_stats(images, net=None, mode="legacy", batch_size=32):
             moments.add(features[: len(part)].cpu())
             line.show(f"features of {moments.n:,} images")
         moments = moments.over_ranks()
+    line.show(f"features of {moments.n:,} images", last=True)
     if moments.n < 2:
         raise common.UserError("statistics need two images or more")
     return moments.mean.numpy(), moments.scatter.div_(moments.n - 1).numpy(), moments.n
@@ -369,7 +363,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # --------------------------------------------------------------------------------------- sources
 
 
-SETTINGS = ("size", "mode", "features")  # must agree; size 0: every image its own
+SETTINGS = ("size", "channels", "mode", "features")  # must agree; size 0: every image its own
 
 
 def is_generator(source):
@@ -419,7 +413,7 @@ def decoded(path, share):
 
 
 def stats_of(source, net, like, settings, args):
-    """Statistics of a source: a dict of mu, sigma, n and `settings` (size, mode, features)."""
+    """Statistics of a source: a dict of mu, sigma, n and `settings` (see SETTINGS)."""
     if source.suffix == ".npz":
         return read_stats(source, settings)
     images = images_of(source, like, args)
@@ -440,14 +434,15 @@ def read_stats(path, settings):
             raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("values that are not finite")
+        stats |= {name: stats[name].item() for name in ("n", *SETTINGS) if name in stats}
     except FileNotFoundError:
         raise common.UserError(f"no such file: {path}") from None
     except Exception as error:  # whatever numpy stumbles on
         raise common.UserError(f"{path} holds no statistics ({error})") from None
     for name, ours in settings.items():
-        if name in stats and (theirs := stats[name].item()) != ours:
+        if stats.get(name, ours) != ours:
             raise common.UserError(
-                f"{path} has {name} {theirs}, not {ours} as needed here: make it anew with "
+                f"{path} has {name} {stats[name]}, not {ours} as needed here: make it anew with "
                 "--save_stats beside this candidate and with these flags"
             )
     if "n" not in stats:
@@ -458,13 +453,15 @@ def read_stats(path, settings):
 def compare(reference, candidate, names):
     """Print and return the FID of two statistics, with where it comes from."""
     fid = frechet_distance(*(stats[x] for stats in (reference, candidate) for x in ("mu", "sigma")))
-    counts = [int(stats["n"]) for stats in (reference, candidate)]
+    counts = [stats["n"] for stats in (reference, candidate)]
+    least = min((n for n in counts if n), default=10_000)
     sides = " and ".join(f"{name} ({n or '?'} images)" for name, n in zip(names, counts))
     how = ", ".join(f"{name} {candidate.get(name, 'unknown')}" for name in SETTINGS)
-    print(f"FID {fid:.4f} between {sides}; {how.replace('size 0', 'size own')}", flush=True)
-    if 0 < min(counts) < 10_000:
-        print(f"{min(counts):,} images give a higher FID than more would: compare like with like")
-    if 0 < min(counts) < 2048:
+    how = how.replace("size 0, channels 0", "size own")
+    print(f"FID {fid:.4f} between {sides}; {how}", flush=True)
+    if least < 10_000:
+        print(f"{least:,} images give a higher FID than more would: compare like with like")
+    if least < 2048:
         print("below 2,048 images the covariance is singular: a rough figure only")
     if "features random" in how:
         print("random features: a test of the plumbing, no measure of quality")
@@ -473,15 +470,11 @@ def compare(reference, candidate, names):
 
 def measure_all(run, reference, net, like, settings, args):
     """The FID of each snapshot of a run, into fid.csv and fid.png of its folder."""
-    snapshots = sorted(run.glob("generator_*.pt"), key=lambda path: (len(path.name), path.name))
-    if not snapshots:
-        raise common.UserError(
-            f"{run} has no snapshots yet: train on, or with a lower --checkpoint"
-        )
+    snapshots = snapshots_of(run)
     lines, steps, fids = ["snapshot,step,fid\n"], [], []
     for path in snapshots:
         stats = stats_of(path, net, like, settings, args)
-        steps.append(common.load_file(path)["step"])
+        steps.append(common.load_file(path).get("step", 0))
         fids.append(compare(reference, stats, (args.reference, path)))
         lines.append(f"{path.name},{steps[-1]},{fids[-1]:.6f}\n")
     if common.rank() == 0:
@@ -493,17 +486,32 @@ def measure_all(run, reference, net, like, settings, args):
     print(f"best: {snapshots[fids.index(best)]}, {best:.4f}; all in {run}/fid.csv and fid.png")
 
 
+def snapshots_of(run):
+    return sorted(run.glob("generator_*.pt"), key=lambda path: (len(path.name), path.name))
+
+
 def shape_of(source):
     """(image_size, channels) of what a run or snapshot generates."""
     _, _, size, channels = generate.sample(*generate.load_generator(source), [0]).shape
     return size, channels
 
 
+def check_places(args):
+    """UserError, before hours of work, for what would fail after them."""
+    for source in filter(None, (args.reference, args.candidate)):
+        if source not in ("glyphs", *common.ADDRESSES) and not Path(source).exists():
+            raise common.UserError(f"{source} does not exist: name a folder, a .zip, a run, ...")
+    if args.save_stats and not args.save_stats.parent.is_dir():
+        raise common.UserError(f"--save_stats {args.save_stats}: there is no such folder")
+    if args.all and not (args.candidate and snapshots_of(Path(args.candidate))):
+        raise common.UserError("--all needs a run's folder with snapshots as CANDIDATE")
+
+
 def main():
     with common.exit_codes():
         args = get_args(sys.argv[1:])
+        check_places(args)
         device = common.join_ranks(args.device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         sources = [Path(name) for name in (args.reference, args.candidate) if name]
         shapes = {shape_of(source) for source in sources if is_generator(source)}
         if len(shapes) > 1:
@@ -513,7 +521,7 @@ def main():
         net, settings, stats = None, {}, {}
         if any(source.suffix != ".npz" for source in sources):
             net, features = load_inception(args.features, args.weights, device, args.precision)
-            settings = {"size": like[0] if like else 0, "mode": args.mode, "features": features}
+            settings = dict(zip(SETTINGS, (*(like or (0, 0)), args.mode, features), strict=True))
         if args.all:
             sources.pop()  # its snapshots are measured one by one
         for source in sorted(sources, key=lambda source: source.suffix != ".npz"):  # fails early

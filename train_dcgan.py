@@ -172,7 +172,7 @@ def train(*argv, **flags):
 
 def main():
     with common.exit_codes():
-        common.start_ranks(__file__)
+        common.start_ranks(__file__, get_args)
         train(*sys.argv[1:])
 
 

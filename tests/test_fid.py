@@ -381,7 +381,10 @@ def test_a_generator_and_its_pngs_have_the_same_fid(imgs, monkeypatch, capsys):
     assert re.search(r"FID [\d.]+", of_run)[0] == re.search(r"FID [\d.]+", of_files)[0]
     assert number(of_run) > 0
     assert "small (12 images) and runs/dcgan-imgs (10 images)" in of_run
-    assert "size 16, mode legacy, features random-fp32-" in of_run and "size own" in of_files
+    assert (
+        "size 16, channels 3, mode legacy, features random-fp32-" in of_run
+        and "size own" in of_files
+    )
     assert "no measure of quality" in of_run and "singular" in of_run
 
 
@@ -389,7 +392,7 @@ def test_statistics_are_kept_and_must_fit(imgs, small, monkeypatch, capsys):
     how = ("--features", "random", "--batch_size", "8")
     call(monkeypatch, imgs, "--save_stats", "imgs.npz", *how)
     with np.load("imgs.npz") as stats:
-        assert set(stats.files) == {"mu", "sigma", "n", "size", "mode", "features"}
+        assert set(stats.files) == {"mu", "sigma", "n", *fid.SETTINGS}
         mu, sigma = stats["mu"], stats["sigma"]
         assert stats["n"] == 24 and stats["size"] == 0 and stats["mode"] == "legacy"
     call(monkeypatch, "imgs.npz", imgs, *how)
@@ -423,7 +426,8 @@ def test_damaged_statistics_are_one_line(monkeypatch, capsys):
     np.savez("pickled.npz", mu=good["mu"], sigma=np.array([print], dtype=object))
     Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:-1000])
     Path("text.npz").write_text("no archive")
-    for name in ("shape", "small", "nan", "missing", "pickled", "cut", "text", "absent"):
+    np.savez("many.npz", **good, n=np.arange(3))
+    for name in ("many", "shape", "small", "nan", "missing", "pickled", "cut", "text", "absent"):
         assert f"{name}.npz" in refused(monkeypatch, capsys, f"{name}.npz", "good.npz")
 
 
@@ -469,7 +473,10 @@ def test_every_kind_of_image_and_of_source(small, monkeypatch, capsys):
         (["imgs", "--save_stats", "x.txt"], "must end with .npz"),
         (["imgs", "nowhere"], "nowhere does not exist"),
         (["imgs", "imgs", "--all"], "needs a run's folder"),
-        (["imgs", "README.md.pt"], "no such file"),
+        (["imgs", "--all", "--save_stats", "x.npz"], "needs a run's folder"),
+        (["x.npz", "imgs", "--save_stats", "y.npz"], "holds statistics already"),
+        (["imgs", "--save_stats", "nowhere/y.npz"], "no such folder"),
+        (["imgs", "README.md.pt"], "README.md.pt does not exist"),
         (["imgs", "imgs", "--img_num", "0"], "--img_num"),
         (["imgs", "imgs", "--device", "cuda:9"], "--device cuda:9 is not available"),
     ],

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,10 +37,11 @@ SCENARIOS = [
 
 @pytest.fixture
 def grey_levels():
-    """A folder imgs/ of 29 images, the i-th all of the grey level 8 i."""
+    """A folder imgs/ of 29 images, ramps that begin with the grey level 8 i."""
     Path("imgs").mkdir()
     for i in range(29):
-        Image.fromarray(np.full((16, 16), 8 * i, np.uint8)).save(f"imgs/{i:02d}.png")
+        ramp = np.tile(8 * i + np.arange(16) // 3, (16, 1))
+        Image.fromarray(ramp.astype(np.uint8)).save(f"imgs/{i:02d}.png")
 
 
 def start(launcher, *command, **environment):
@@ -78,9 +80,11 @@ def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
     subprocess.run([sys.executable, WORKER, job], check=True, capture_output=True)
     for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
         Path(run).rename(f"{run}-of-1")
+    shutil.rmtree(".cache")  # for rank 0 alone to build again
     finish(start(["--standalone", "--nproc_per_node=3"], WORKER, job))
     for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
         Path(run).rename(f"{run}-of-3")
+    shutil.rmtree(".cache")
     there = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
     there += [f"--master_port={free_port()}"]
     machines = [start([*there, f"--node_rank={rank}"], WORKER, job) for rank in range(2)]
@@ -109,8 +113,12 @@ def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
 
     # a worker killed at some step is started again and ends with the same bits
     disturbed = [word.replace("undisturbed", "disturbed") for word in SCENARIOS[-1]]
-    launcher = ["--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    finish(start(launcher, WORKER, json.dumps([disturbed]), EVENT=f"kill {random.randint(1, 5)}"))
+    launcher, event = (
+        ["--standalone", "--nproc_per_node=2", "--max_restarts=1"],
+        random.randint(1, 5),
+    )
+    print("killed at the end of step", event)
+    finish(start(launcher, WORKER, json.dumps([disturbed]), EVENT=f"kill {event}"))
     a, b = (common.load_file(f"{run}/checkpoint.pt") for run in ("undisturbed", "disturbed"))
     for name in ("G", "D", "G_ema"):
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name])
@@ -133,8 +141,10 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(grey_lev
     command = [sys.executable, ROOT / "train_dcgan.py", "--ngpu=2", "--path=imgs", "--batch_size=7"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: --batch_size 7 does not divide by 2 ranks" in done.stderr
+    assert done.stderr == "error: --batch_size 7 does not divide by 2 processes\n"
     assert not Path("runs").exists() and not Path(".cache").exists()
+    done = subprocess.run([*command[:-1], "--lrd=x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--lrd" in done.stderr
 
 
 def test_ctrl_c_ends_all_ranks_at_the_same_step_with_a_checkpoint(grey_levels):
@@ -149,6 +159,15 @@ def test_ctrl_c_ends_all_ranks_at_the_same_step_with_a_checkpoint(grey_levels):
     assert "to go on: python train_dcgan.py --resume undisturbed" in out
     steps = [part["step"] for part in noted("undisturbed", 2)]
     assert steps[0] == steps[1] == common.load_file("undisturbed/checkpoint.pt")["step"]
+
+
+def test_ngpu_starts_the_processes_and_one_alone_can_resume(grey_levels):
+    command = [sys.executable, ROOT / "train_dcgan.py", "--ngpu=2", "--path=imgs", "--width=4"]
+    done = subprocess.run([*command, *TINY, "--epochs=1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "on cpu, 2 processes" in done.stdout and done.stdout.count("epoch 1/1 step 2/2") == 1
+    train_dcgan.train(resume="newest", epochs=2)
+    assert common.load_file("runs/dcgan-imgs/checkpoint.pt")["step"] == 4
 
 
 def test_python_says_how_several_processes_are_started(grey_levels):
