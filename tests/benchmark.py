@@ -78,7 +78,7 @@ def duel(makers, args, images_per_step, steps, blocks=8, pause=2.0):
     for name, seconds in times.items():
         pipes[name].send(0)
         best, median, worst = (images_per_step / f(seconds) for f in (min, statistics.median, max))
-        print(f"{name:<12} images/s: best {best:.0f}, median {median:.0f}, worst {worst:.0f}")
+        print(f"{name:<12} images/s: best {best:.3g}, median {median:.3g}, worst {worst:.3g}")
     first, second = times
     for label, pick in (("best", min), ("median", statistics.median)):
         print(f"{second} over {first}, {label}: {pick(times[first]) / pick(times[second]):.2f}")
@@ -322,7 +322,7 @@ def main():
     elif args.what == "fcgan":
         duel([plain_fcgan, our_fcgan], args, images_per_step=128, steps=100)
     elif args.what == "balanced":
-        duel([plain_balanced, our_balanced], args, images_per_step=50, steps=1, blocks=6)
+        duel([plain_balanced, our_balanced], args, images_per_step=50, steps=1, blocks=5)
     elif args.what == "fid":
         duel([plain_features, our_features], args, images_per_step=16, steps=2, blocks=6)
         distances()

@@ -53,13 +53,13 @@ def main():
     else:
         images = common.load_images(args.path, args.image_size, "3")[: args.img_num]
     mu, sigma, n = fid.feature_stats(images, net)
-    curves = {}
+    panels = []
     for kind in KINDS:
         stats = [fid.feature_stats(disturb(images, kind, level), net)[:2] for level in LEVELS]
-        curves[kind] = [fid.frechet_distance(mu, sigma, *both) for both in stats]
-        print(kind, *(f"{value:.4g}" for value in curves[kind]), flush=True)
-    title = f"FID of {n} disturbed images, {name}"
-    common.save_curves([(title, LEVELS, curves)], args.out, "level of the disturbance")
+        values = [fid.frechet_distance(mu, sigma, *both) for both in stats]
+        panels.append((f"{kind}: FID of {n} images, {name}", LEVELS, {"": values}))
+        print(kind, *(f"{value:.4g}" for value in values), flush=True)
+    common.save_curves(panels, args.out, "level of the disturbance", height=200)
 
 
 if __name__ == "__main__":
