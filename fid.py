@@ -435,6 +435,7 @@ def read_stats(path, settings):
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("values that are not finite")
         stats |= {name: stats[name].item() for name in ("n", *SETTINGS) if name in stats}
+        int(stats.get("n", 0))
     except FileNotFoundError:
         raise common.UserError(f"no such file: {path}") from None
     except Exception as error:  # whatever numpy stumbles on
