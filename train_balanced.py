@@ -10,7 +10,7 @@ network with the higher loss gets extra updates on the same batch until they do 
     python generate.py --nearest faces/                     # are the samples copies?
 
 What to expect from 400 photographs of cats on two cores of an AMD EPYC in float32: eyes after
-24,000 images (6 minutes), faces of many colours after 64,000 (17 minutes). Width and rates are not
+16,000 images (4 minutes), faces of many colours after 64,000 (17 minutes). Width and rates are not
 the published ones, which need ten times the work: --width 128 --lrd 2e-5 --lrg 2e-5.
 """
 
