@@ -130,6 +130,11 @@ def newest_run(script=None):
     return max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
 
 
+def by_epoch(paths):
+    """Files such as epoch_0050.png in order; from epoch 10,000 on their names are longer."""
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+
 class ProgressLine:
     """A line rewritten in place on a terminal; elsewhere a plain line every 15 seconds."""
 
@@ -152,6 +157,10 @@ class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, manual, prog=None):
+        layout = {"formatter_class": HelpLayout, "allow_abbrev": False}
+        super().__init__(prog, description=manual, **layout)
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -181,8 +190,7 @@ def augment_policy(text):
 
 def run_parser(script, manual, epochs, batch_size):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
-    name = Path(script).name
-    parser = Parser(name, None, manual, formatter_class=HelpLayout, allow_abbrev=False)
+    parser = Parser(manual, Path(script).name)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
     add("--dataset", choices=["glyphs", *ADDRESSES], help="instead of --path; glyphs: built in")
@@ -254,6 +262,16 @@ def parse_flags(parser, argv):
             f"--label needs --dataset {' or '.join(ADDRESSES)}: other data has no classes"
         )
     return args
+
+
+def settle_data_and_size(args):
+    """For networks of doubling stages: the glyphs where no data is named; a power of two pixels."""
+    if not args.path and not args.dataset:
+        args.dataset = "glyphs"
+        print("no --path: training on the built-in glyphs, 32 pixels")
+    args.image_size = args.image_size or (32 if args.dataset else 64)
+    if args.image_size not in (16, 32, 64, 128, 256):
+        raise UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
 
 
 def as_argv(settings):
@@ -545,9 +563,12 @@ def open_cached(path):
         return None
 
 
+CRC_BLOCK = 512  # images
+
+
 def checksum(images):
-    """One CRC over those of every 512 images, so that all cores can work on it."""
-    parts = (images[i : i + 512] for i in range(0, len(images), 512))
+    """One CRC over those of blocks of images, so that all cores can work on it."""
+    parts = (images[i : i + CRC_BLOCK] for i in range(0, len(images), CRC_BLOCK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return zlib.crc32(np.array([*pool.map(zlib.crc32, parts)], ">u4"))
 
@@ -586,7 +607,7 @@ def decode_all(names, open_image, image_size, channels, cached):
                         continue
                     pixels, has_alpha = result
                     file.write(pixels)
-                    checksums += [0] * (count % 512 == 0)  # as checksum() has them
+                    checksums += [0] * (count % CRC_BLOCK == 0)  # as checksum() has them
                     checksums[-1] = zlib.crc32(pixels, checksums[-1])
                     count, transparent = count + 1, transparent + has_alpha
                 done = count + len(errors)
@@ -976,10 +997,8 @@ class Run:
         self.k, ranks = getattr(args, "k", 1), world_size()
         batch_size = min(args.batch_size, len(images) // self.k // ranks * ranks)
         if batch_size < 2 * ranks:
-            need = (
-                f"{2 * self.k * ranks} (2 * k)" if ranks == 1 else f"2 * k on each of {ranks} ranks"
-            )
-            raise UserError(f"{len(images)} images are too few: a step needs {need}")
+            need = f"{2 * self.k * ranks} (2 * k" + f" * {ranks} processes" * (ranks > 1)
+            raise UserError(f"{len(images)} images are too few: a step needs {need})")
         if batch_size < args.batch_size:
             print(f"batches of {batch_size}: there are only {len(images)} images")
         self.images_per_step = self.k * batch_size
@@ -1005,7 +1024,6 @@ class Run:
         """Yield each step's real images, (k * batch_size, C, H, W) in [-1, 1], until the end.
 
         Of several ranks each gets its share of every batch.
-
         Everything random in a step follows from (seed, step): torch is seeded anew before each.
         Ctrl-C and SIGTERM let the step end, save, and raise KeyboardInterrupt.
         """
@@ -1015,11 +1033,10 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, self.stop)
         try:
-            if self.step == 0 and rank() == 0:
-                shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
-                save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
-                self.sample()
             if self.step == 0:
+                if rank() == 0:
+                    self.show_real()
+                    self.sample()
                 self.save()
             yield from self.remaining_steps()
             if rank() == 0:
@@ -1197,6 +1214,10 @@ class Run:
             update_bn(batches, self.state["G_ema"], self.device)
             self.fresh_step = self.step
 
+    def show_real(self):
+        shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
+        save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
+
     def sample(self):
         self.refresh_batchnorm()
         images = generate(self.state["G_ema"], latents(self.z, self.args.seed, range(CHUNK)))
@@ -1235,7 +1256,7 @@ class Run:
         """Draw training.gif and losses.png."""
         if self.writer:
             self.writer.close()
-        grids = sorted(self.folder.glob("samples/epoch_*.png"), key=lambda p: (len(p.name), p.name))
+        grids = by_epoch(self.folder.glob("samples/epoch_*.png"))
         shown = np.linspace(0, len(grids) - 1, min(len(grids), 200)).astype(int)
         save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
         if not (self.folder / "metrics.csv").exists():  # stopped before its first row

@@ -44,9 +44,7 @@ SIDE = 299  # pixels, of the network's input
 
 
 def get_args(argv):
-    parser = common.Parser(
-        description=__doc__, formatter_class=common.HelpLayout, allow_abbrev=False
-    )
+    parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.bounded(int, 1)
     add("reference", metavar="REFERENCE", help="real images; or any other source, see above")
     add("candidate", metavar="CANDIDATE", nargs="?", help="what to measure: any source")
@@ -292,9 +290,8 @@ class Moments:
     def over_ranks(self):
         """Those of all ranks under torchrun together; each rank gets the same."""
         d, together = len(self.mean), Moments(len(self.mean))
-        for part in common.gather(
-            torch.cat([self.mean.new([self.n]), self.mean, self.scatter.flatten()])
-        ):
+        flat = torch.cat([self.mean.new_tensor([self.n]), self.mean, self.scatter.flatten()])
+        for part in common.gather(flat):
             n, mean, scatter = part.split([1, d, d * d])
             together.merge(int(n), mean, scatter.view(d, d))
         return together
@@ -377,7 +374,7 @@ def images_of(source, like, args):
     """
     share, name = slice(common.rank(), None, common.world_size()), str(source)
     if is_generator(source):
-        G, z = generate.load_generator(source, common.choose_device(args.device))
+        G, z = generate.load_generator(source, args.device)
         numbers = range(args.img_num)[share]
         for i in range(0, len(numbers), common.CHUNK):
             yield from generate.sample(G, z, numbers[i : i + common.CHUNK], args.seed)
@@ -435,7 +432,8 @@ def read_stats(path, settings):
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("values that are not finite")
         stats |= {name: stats[name].item() for name in ("n", *SETTINGS) if name in stats}
-        int(stats.get("n", 0))
+        if not isinstance(stats.get("n", 0), int):
+            raise ValueError(f"n is {stats['n']!r}")
     except FileNotFoundError:
         raise common.UserError(f"no such file: {path}") from None
     except Exception as error:  # whatever numpy stumbles on
@@ -488,7 +486,7 @@ def measure_all(run, reference, net, like, settings, args):
 
 
 def snapshots_of(run):
-    return sorted(run.glob("generator_*.pt"), key=lambda path: (len(path.name), path.name))
+    return common.by_epoch(run.glob("generator_*.pt"))
 
 
 def shape_of(source):
@@ -512,7 +510,7 @@ def main():
     with common.exit_codes():
         args = get_args(sys.argv[1:])
         check_places(args)
-        device = common.join_ranks(args.device)
+        args.device = common.join_ranks(args.device)
         sources = [Path(name) for name in (args.reference, args.candidate) if name]
         shapes = {shape_of(source) for source in sources if is_generator(source)}
         if len(shapes) > 1:
@@ -521,7 +519,7 @@ def main():
 
         net, settings, stats = None, {}, {}
         if any(source.suffix != ".npz" for source in sources):
-            net, features = load_inception(args.features, args.weights, device, args.precision)
+            net, features = load_inception(args.features, args.weights, args.device, args.precision)
             settings = dict(zip(SETTINGS, (*(like or (0, 0)), args.mode, features), strict=True))
         if args.all:
             sources.pop()  # its snapshots are measured one by one

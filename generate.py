@@ -24,9 +24,7 @@ FRAMES = 10  # of each interpolation, both ends included
 
 
 def get_args(argv):
-    parser = common.Parser(
-        description=__doc__, formatter_class=common.HelpLayout, allow_abbrev=False
-    )
+    parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.bounded(int, 1)
     add("--load_path", type=Path, help="run folder or snapshot .pt; default: the newest run")
     add("--img_num", type=number, default=16, help="single images")

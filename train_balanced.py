@@ -39,12 +39,7 @@ def get_args(argv):
     add("--beta1", type=common.bounded(float, 0, 0.999), default=5e-4, help="Adam's momentum")
     add("--dropout", type=common.bounded(float, 0, 0.9), default=0.2, help="in D")
     args = common.parse_flags(parser, argv)
-    if not args.path and not args.dataset:
-        args.dataset = "glyphs"
-        print("no --path: training on the built-in glyphs, 32 pixels")
-    args.image_size = args.image_size or (32 if args.dataset else 64)
-    if args.image_size not in (16, 32, 64, 128, 256):
-        raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
+    common.settle_data_and_size(args)
     return args
 
 
@@ -151,17 +146,17 @@ def balance(loss_d, loss_g, extra_d, extra_g, args):
     and `extra_g` make one update and return the loss before it; the other loss is not computed
     again. Returns the number of extra updates of D, of G, and whether the bound ended them.
     """
-    extra, d_is_behind = 0, bool(loss_d > loss_g)  # chosen once a step
-    # each comparison waits for the device: the next update depends on it
-    while abs(loss_g - loss_d) > args.margin and d_is_behind == bool(loss_d > loss_g):
+    extra, gap = 0, (loss_d - loss_g).item()  # waits for the device: the next update depends on it
+    d_is_behind = gap > 0  # chosen once a step
+    while apart := abs(gap) > args.margin and (gap > 0) == d_is_behind:
         if extra == args.max_extra:
-            return (extra, 0, 1) if d_is_behind else (0, extra, 1)
+            break
         if d_is_behind:
             loss_d = extra_d()
         else:
             loss_g = extra_g()
-        extra += 1
-    return (extra, 0, 0) if d_is_behind else (0, extra, 0)
+        extra, gap = extra + 1, (loss_d - loss_g).item()
+    return (extra, 0, int(apart)) if d_is_behind else (0, extra, int(apart))
 
 
 def train_step(G, D, opt_d, opt_g, real, args):

@@ -42,13 +42,8 @@ def get_args(argv):
     add("--alpha_g", type=rate, default=0.0, help="LeakyReLU slope in G; 0 is ReLU")
     add("--init", choices=["normal", "xavier"], default="normal", help="normal: N(0, 0.02)")
     args = common.parse_flags(parser, argv)
-    if not args.path and not args.dataset:
-        args.dataset = "glyphs"
-        print("no --path: training on the built-in glyphs, 32 pixels")
-    args.image_size = args.image_size or (32 if args.dataset else 64)
+    common.settle_data_and_size(args)
     args.width = args.width or (32 if args.dataset == "glyphs" else 64)
-    if args.image_size not in (16, 32, 64, 128, 256):
-        raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
     return args
 
 

@@ -195,7 +195,7 @@ def our_balanced(args):
     return ours(train_balanced.train, **flags)
 
 
-def features(net, args):
+def features(net):
     weight = next(net.parameters())
     images = torch.rand(16, 3, fid.SIDE, fid.SIDE).to(weight)
     if isinstance(net.Conv2d_1a_3x3.bn, nn.Identity):
@@ -207,12 +207,12 @@ def features(net, args):
 
 
 def plain_features(args):
-    return features(fid.Inception().eval().to(common.choose_device(args.device)), args)
+    return features(fid.Inception().eval().to(common.choose_device(args.device)))
 
 
 def our_features(args):
     device = common.choose_device(args.device)
-    return features(fid.load_inception("random", None, device, args.precision)[0], args)
+    return features(fid.load_inception("random", None, device, args.precision)[0])
 
 
 def wide_gaussian(seed, d=2048, n=5000):
