@@ -5,6 +5,7 @@ ties them together. No network, loss or update rule is here: those are in the tr
 """
 
 import argparse
+import collections
 import configparser
 import contextlib
 import csv
@@ -487,7 +488,24 @@ def load_data(args):
         images = draw_glyphs(args.image_size, channels=1 if args.channels == "1" else 3)
     if args.augment == "auto":
         args.augment = ",".join(AUGMENT) if len(images) < 5000 else "none"
+    advise(len(images), args)
     return images
+
+
+def advise(n, args):
+    """Say what n images call for. The numbers are those seen on cats at 64 pixels."""
+    if n * args.epochs < 60_000:
+        print(
+            f"advice: this shows D {n * args.epochs:,} images; cats at 64 pixels had faces after "
+            f"60,000 and whiskers after 300,000, which is --epochs {math.ceil(300_000 / n)} here"
+        )
+    if n < 1000:
+        mirror = "" if args.flip else "--flip if their mirror images look natural; "
+        augment = "" if args.augment != "none" else "--augment " + ",".join(AUGMENT) + "; "
+        print(
+            f"advice: {n} images are few: {mirror}{augment}generate.py --nearest tells afterwards "
+            "whether the samples are copies"
+        )
 
 
 def load_images(path, image_size, channels="auto", cache=".cache"):
@@ -499,7 +517,7 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     """
     path = Path(path)
     files, open_image = image_files(path)
-    key = hashlib.sha256(repr((files, image_size, channels)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((2, files, image_size, channels)).encode()).hexdigest()[:12]
     cached = Path(cache, f"{path.resolve().stem}-{image_size}px-{key}.npy")
     images = open_cached(cached)
     if images is None:
@@ -514,6 +532,8 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
         raise UserError(f"none of the {len(files)} images in {path} can be decoded, {listed}")
     if skipped := len(files) - len(images):
         print(f"{skipped:,} of {len(files):,} files cannot be decoded and are skipped, {listed}")
+    with contextlib.suppress(OSError), cached.with_suffix(".txt").open(encoding="utf-8") as notes:
+        print(next(notes), end="")
     megabytes = f"{images.nbytes / 1e6:,.0f} MB in {cached}"
     print(f"{len(images):,} images of {path}, {images.shape[1:]} each, {megabytes}", flush=True)
     return images
@@ -574,9 +594,10 @@ def checksum(images):
 
 
 def decode_all(names, open_image, image_size, channels, cached):
-    """Decode files in threads, in order, into the .npy `cached`; failures go into a .txt.
+    """Decode files in threads, in order, into the .npy `cached`; a report goes into a .txt.
 
-    Four bytes of checksum follow the array: numpy does not mind, open_cached checks them.
+    Its first line tells what the files are like, the others which failed and why. Four bytes of
+    checksum follow the array: numpy does not mind, open_cached checks them.
     """
 
     def attempt(work, name):
@@ -596,7 +617,15 @@ def decode_all(names, open_image, image_size, channels, cached):
         channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
     channels = int(channels)
     count, transparent, checksums, errors, line = 0, 0, [], [], ProgressLine()
-    work = functools.partial(decode, image_size=image_size, channels=channels)
+    kinds, sides, contents = collections.Counter(), [], set()
+
+    def work(file):
+        with Image.open(file) as image:
+            mode, side = image.mode, min(image.size)
+        file.seek(0)
+        pixels, has_alpha = decode(file, image_size, channels)
+        return pixels, has_alpha, mode, side, hashlib.sha256(pixels).digest()
+
     with ThreadPoolExecutor(os.cpu_count()) as pool, replacing(cached) as temporary:
         with temporary.open("wb") as file:
             write_header()
@@ -605,7 +634,10 @@ def decode_all(names, open_image, image_size, channels, cached):
                     if error:
                         errors.append(error)
                         continue
-                    pixels, has_alpha = result
+                    pixels, has_alpha, mode, side, content = result
+                    kinds[mode] += 1
+                    sides.append(side)
+                    contents.add(content)
                     file.write(pixels)
                     checksums += [0] * (count % CRC_BLOCK == 0)  # as checksum() has them
                     checksums[-1] = zlib.crc32(pixels, checksums[-1])
@@ -615,10 +647,24 @@ def decode_all(names, open_image, image_size, channels, cached):
             file.write(zlib.crc32(np.array(checksums, ">u4")).to_bytes(4, "big"))
             file.seek(0)
             write_header()
-        notes = "".join(errors).encode("utf-8", "backslashreplace")  # odd file names
+        about = describe(image_size, kinds, sides, transparent, count - len(contents))
+        notes = "".join([about, *errors]).encode("utf-8", "backslashreplace")  # odd file names
         cached.with_suffix(".txt").write_bytes(notes)
+
+
+def describe(image_size, modes, sides, transparent, duplicates):
+    """A line on decoded files: Pillow's modes, shorter sides in pixels, and what to look into."""
+    if not sides:
+        return "files: none\n"
+    kinds = ", ".join(f"{n:,} {mode}" for mode, n in modes.most_common())
+    line = f"files: {kinds}; shorter sides {min(sides)} to {max(sides)} pixels"
+    if small := sum(side < image_size for side in sides):
+        line += f"; {small:,} are enlarged to {image_size}: a smaller --image_size would suit them"
+    if duplicates:
+        line += f"; {duplicates:,} exact duplicates"
     if transparent:
-        print(f"{transparent:,} images have transparency: laid on white")
+        line += f"; {transparent:,} have transparency: laid on white"
+    return line + "\n"
 
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
@@ -914,6 +960,11 @@ def to_picture(pixels):
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+def diversity(images):
+    """How much images (N, H, W, C) differ: the standard deviation of a pixel, in grey levels."""
+    return images.astype(np.float32).std(0).mean()
+
+
 def save_picture(image, path, kind="PNG", **options):
     """Save a Pillow image; encoded in memory first: Pillow's writing hides that a disk is full."""
     buffer = io.BytesIO()
@@ -974,6 +1025,9 @@ COLUMNS += ["loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "images_per_
 ROWS_PER_EPOCH = 20  # of metrics.csv, each the mean over the steps since the last
 SAVE_AFTER = 600  # seconds between checkpoints within an epoch
 REST = 30  # seconds: ends of epochs that follow the last checkpoint faster write none
+WON = 0.1  # a loss of D below this for PATIENCE steps: G has nothing left to learn from
+ALIKE = 0.4  # of the diversity of real images; healthy runs show 0.8 and more
+PATIENCE = 1000  # steps before either is said
 
 
 def tensorboard_writer():
@@ -1007,6 +1061,7 @@ class Run:
         self.step, self.seconds, self.pending = 0, 0.0, []
         self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
         self.order, self.fresh_step, self.line = (None, None), None, ProgressLine()
+        self.won_steps, self.warned = 0, set()
         writer = tensorboard_writer() if args.tensorboard and rank() == 0 else None
         self.folder = args.resume or from_rank_0(self.new_folder)
         if args.resume:
@@ -1015,6 +1070,10 @@ class Run:
             (self.folder / "samples").mkdir(exist_ok=True)
             write_ini(self.folder / "config.ini", self.script, settings_of(args))
         self.writer = writer and writer(self.folder, purge_step=self.step + 1)
+
+    @functools.cached_property
+    def real_diversity(self):
+        return diversity(self.shown_real())
 
     @property
     def epoch(self):
@@ -1035,7 +1094,7 @@ class Run:
         try:
             if self.step == 0:
                 if rank() == 0:
-                    self.show_real()
+                    save_grid(self.shown_real(), self.folder / "samples/real.png")
                     self.sample()
                 self.save()
             yield from self.remaining_steps()
@@ -1127,7 +1186,7 @@ class Run:
 
     def write_row(self):
         """A row of metrics.csv, and the progress line."""
-        means, now = self.means(), time.monotonic()
+        means, now, steps = self.means(), time.monotonic(), len(self.pending)
         self.pending = []
         if rank() > 0:
             return
@@ -1143,6 +1202,9 @@ class Run:
         if self.writer:
             for name in columns:
                 self.writer.add_scalar(name, row[name], self.step)
+        self.won_steps = self.won_steps + steps if means["loss_d"] < WON else 0
+        if self.won_steps >= PATIENCE:
+            self.warn("D has won", f"its loss has been below {WON} for {self.won_steps} steps")
         self.marked, self.marked_step = now, self.step
         left = (now - self.started) / (self.step - self.first_step) * (self.steps - self.step)
         self.line.show(
@@ -1152,6 +1214,20 @@ class Run:
             f"D(G(z)) {means['d_fake']:.2f}/{means['d_fake_after']:.2f}",
             last=self.step == self.steps,
         )
+
+    def warn(self, what, why):
+        """Say once what goes wrong in this run, and which flags may help."""
+        if what in self.warned:
+            return
+        self.warned.add(what)
+        flags = ["a lower --lrd"]
+        if self.args.augment == "none":
+            flags.append("--augment " + ",".join(AUGMENT))
+        if hasattr(self.args, "dropout"):
+            flags.append("a higher --dropout")
+        if what == "G has collapsed":
+            flags.append("a larger --batch_size")
+        print(f"\nwarning: {what}: {why}. Try {' or '.join(flags)}", flush=True)
 
     def announce(self):
         """Print the table of the settings, and what is about to happen."""
@@ -1214,13 +1290,17 @@ class Run:
             update_bn(batches, self.state["G_ema"], self.device)
             self.fresh_step = self.step
 
-    def show_real(self):
+    def shown_real(self):
         shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
-        save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
+        return self.images[np.sort(shown)]
 
     def sample(self):
         self.refresh_batchnorm()
         images = generate(self.state["G_ema"], latents(self.z, self.args.seed, range(CHUNK)))
+        ours, theirs = diversity(images), self.real_diversity
+        if self.step >= PATIENCE and ours < ALIKE * theirs:
+            why = f"a pixel varies by {ours:.0f} levels over its samples, by {theirs:.0f} over real"
+            self.warn("G has collapsed", f"{why} images")
         path = self.folder / f"samples/epoch_{self.epoch:04d}.png"
         save_grid(images, path)
         if self.writer:

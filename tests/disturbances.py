@@ -2,8 +2,8 @@
 
     python tests/disturbances.py imgs/ --features random --out docs/disturbances.png
 
-draws how FID rises with Gaussian noise, Gaussian blur and black rectangles of growing strength, as
-in appendix A1 of arXiv:1706.08500.
+draws how FID rises with Gaussian noise, Gaussian blur, black rectangles and a swirl of growing
+strength, as in appendix A1 of arXiv:1706.08500.
 """
 
 import argparse
@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import fid
 
-KINDS = ("noise", "blur", "rectangles")
+KINDS = ("noise", "blur", "rectangles", "swirl")
 LEVELS = (0, 0.25, 0.5, 0.75, 1)
 
 
@@ -31,10 +33,20 @@ def disturb(images, kind, level, seed=0):
         blur = ImageFilter.GaussianBlur(level * side / 8)
         rows = [np.asarray(common.to_picture(image).filter(blur)) for image in images]
         return np.stack(rows).reshape(images.shape)
+    if kind == "swirl":  # the centre turns by up to 180 degrees, less and less towards the edge
+        y, x = np.mgrid[:side, :side] - (side - 1) / 2
+        turn = np.pi * level * np.exp(-np.hypot(x, y) / (side / 4))
+        cos, sin = np.cos(turn), np.sin(turn)
+        sources = np.stack([x * cos - y * sin, x * sin + y * cos], axis=-1) / (side / 2)
+        grid = torch.from_numpy(sources).expand(len(images), -1, -1, -1)
+        pixels = torch.from_numpy(images.transpose(0, 3, 1, 2)).double()
+        swirled = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+        return swirled.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     disturbed = images.copy()
-    for image in disturbed:  # five of them, each at level 1 of half the side
-        for top, left in (rng.random((5, 2)) * side * (1 - level / 2)).astype(int):
-            image[top : top + int(level * side / 2), left : left + int(level * side / 2)] = 0
+    edge = int(level * side * 3 / 8)
+    for image in disturbed:  # five rectangles; at level 1 more than half of the image is black
+        for top, left in (rng.random((5, 2)) * (side - edge)).astype(int):
+            image[top : top + edge, left : left + edge] = 0
     return disturbed
 
 

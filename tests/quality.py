@@ -1,21 +1,32 @@
-"""How good are samples of MNIST? A judge that knows digits tells.
+"""How good are samples? A small network, trained on the data itself, tells.
 
-    python tests/quality.py --data_dir data/ runs/fcgan-mnist/generator_*.pt
+    python tests/quality.py check imgs/ --image_size 32        # a yardstick for these images?
+    python tests/quality.py measure imgs/ runs/dcgan-imgs runs/dcgan-imgs/generator_*.pt
+    python tests/quality.py measure mnist runs/fcgan-mnist     # the test images in --data_dir, too
+    python tests/quality.py compare imgs/ --kimg 50 200 --seeds 0 1 \\
+        "plain: train_dcgan.py --lrd 2e-4 --lrg 2e-4" "faster: train_dcgan.py"
+    python tests/quality.py cost imgs/ "plain: train_dcgan.py" "k 2: train_dcgan.py --k 2"
 
-A small convolutional classifier is trained on MNIST's training images (a minute or two on two
-cores; kept in .cache/) and must be right on over 98 % of the test images. Of each snapshot it then
-sees 10,000 samples and tells
-
-- sure: the share that it takes for some digit with more than 90 % confidence (real test images:
-  see the first row), a measure of readable digits,
-- 0 ... 9: how many it takes for each digit, in percent: a missing one is mode collapse,
-- distance: the Frechet distance to the training images in its 128 features. Only comparable to
-  other rows here; the first row, test images, shows what real ones get.
+The network learns without labels how far an image has been turned (0, 90, 180 or 270 degrees;
+Gidaris et al., 2018, arXiv:1803.07728) from every second image; on MNIST it learns the digits. The
+*distance* is the Frechet distance between its 128 features of 10,000 samples and of the images it
+has not learned from (of MNIST, the training images). It compares with nothing but distances to the
+same images at the same size. The networks are kept in --cache.
 """
 
 import argparse
+import collections
+import csv
+import functools
 import gzip
 import hashlib
+import importlib
+import inspect
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,83 +34,145 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import disturbances
+
 import common
-import generate
+import fid
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = 10_000
+
+# ---------------------------------------------------------------------------------- the yardstick
 
 
 class Classifier(nn.Module):
-    """MNIST images (N, 1, 28, 28) in [-1, 1] -> features (N, 128) and logits (N, 10)."""
+    """Images (N, C, side, side) in [-1, 1] -> features (N, 128) and logits (N, classes)."""
 
-    def __init__(self):
+    def __init__(self, side, channels, classes):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(128, 10)
+        self.side, layers, width = side, [], 16
+        while side > 7:  # 28 -> 14 -> 7, 32 -> 16 -> 8 -> 4
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            channels, width, side = width, 2 * width, side // 2
+        layers += [nn.Flatten(), nn.Linear(channels * side**2, 128), nn.ReLU()]
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(128, classes)
 
     def forward(self, images):
         features = self.features(images)
         return features, self.head(features)
 
 
-def to_tensor(pixels):
-    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+def to_tensor(pixels, side):
+    """uint8 (n, H, W, C) -> float32 (n, C, side, side) in [-1, 1]."""
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    if images.shape[2] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
-def train_classifier(images, labels, epochs=4, seed=0):
-    torch.manual_seed(seed)
-    net = Classifier()
-    opt = torch.optim.Adam(net.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, epochs * (len(images) // 128))
+def digits(images, labels):
+    """A Classifier of labelled images, and what makes a batch of an index for it."""
     labels = torch.from_numpy(labels.astype(np.int64))
-    for epoch in range(epochs):
-        for index in torch.randperm(len(images)).split(128)[: len(images) // 128]:
-            loss = F.cross_entropy(net(to_tensor(images[index.numpy()]))[1], labels[index])
+    make = lambda index: (to_tensor(images[index.numpy()], 28), labels[index])
+    return Classifier(28, images.shape[-1], 10), make, (len(images), 240_000)
+
+
+def turns(images):
+    """The same for quarter turns of images, of which half carry black rectangles.
+
+    Without those the network takes small black spots for eyes, and is shocked by few more than by
+    many.
+    """
+    parts = ((images[i::16], ((i + 1) / 16) ** 2) for i in range(16))
+    spotted = [disturbances.disturb(part, "rectangles", level) for part, level in parts]
+    pool, side = np.concatenate([images, *spotted]), images.shape[1]
+
+    def make(index):
+        batch = to_tensor(pool[index.numpy()], side)
+        batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
+        return turned(batch), torch.arange(4).repeat_interleave(len(batch) // 4)
+
+    return Classifier(side, images.shape[-1], 4), make, (len(pool), 128_000)
+
+
+def turned(images):
+    """Images (4 * n, C, side, side), the first n as they are, the next turned by 90 degrees, ..."""
+    return torch.cat([part.rot90(turn, (2, 3)) for turn, part in enumerate(images.chunk(4))])
+
+
+def train_net(images, labels):
+    torch.manual_seed(0)
+    net, make, (n, seen) = turns(images) if labels is None else digits(images, labels)
+    opt, epochs = torch.optim.Adam(net.parameters(), 1e-3), round(seen / n)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, epochs * (n // 128))
+    for _ in range(epochs):
+        for index in torch.randperm(n).split(128)[: n // 128]:
+            batch, target = make(index)
+            loss = F.cross_entropy(net(batch)[1], target)
             opt.zero_grad()
             loss.backward()
             opt.step()
             schedule.step()
-        print(f"classifier: epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}", flush=True)
     return net.eval()
-
-
-def load_classifier(train, test, cache):
-    """The classifier out of `cache`, trained if it is not there; its test accuracy is checked."""
-    key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    file = Path(cache, f"mnist-classifier-{key}.pt")
-    net = Classifier().eval()
-    if file.exists():
-        net.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        net = train_classifier(*train)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        common.save_file(net.state_dict(), file)
-    right = (judge(net, test[0])[1].argmax(1) == test[1]).mean()
-    print(f"classifier: right on {right:.2%} of the test images")
-    if right < 0.98:
-        raise SystemExit("the classifier is no judge: it must be right on 98 %")
-    return net
 
 
 @torch.no_grad()
 def judge(net, pixels):
-    """Features (n, 128) and probabilities (n, 10) of uint8 (n, 28, 28, 1)."""
-    parts = [net(to_tensor(pixels[i : i + 1000])) for i in range(0, len(pixels), 1000)]
+    """Features (n, 128) and probabilities (n, classes) of uint8 (n, H, W, C)."""
+    parts = [net(to_tensor(pixels[i : i + 200], net.side)) for i in range(0, len(pixels), 200)]
     features, logits = (torch.cat(part).double() for part in zip(*parts))
     return features.numpy(), logits.softmax(1).numpy()
 
 
-def frechet_distance(a, b):
-    """Between Gaussians fitted to two sets of features (n, d); Dowson & Landau, 1982."""
-    (mu_a, sigma_a), (mu_b, sigma_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
-    values, vectors = np.linalg.eigh(sigma_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    both = np.sqrt(np.linalg.eigvalsh(root @ sigma_b @ root).clip(0)).sum()
-    return ((mu_a - mu_b) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * both
+class Yardstick:
+    """A trained network for some images, and the statistics that distances are taken to."""
+
+    def __init__(self, data, image_size, channels, data_dir="data", cache=".cache"):
+        if data == "mnist":
+            learned, labels = common.read_dataset("mnist", data_dir)
+            test, test_labels = read_test_split(data_dir)
+            self.images = common.resized(learned, image_size, channels)
+            self.other = common.resized(test, image_size, channels)
+        else:
+            images, labels = common.load_images(data, image_size, channels, cache), None
+            self.other = learned = np.array(images[0::2])
+            self.images = np.array(images[1::2])
+        self.net = self.trained(learned, labels, cache)
+        if labels is None:
+            n = len(self.images) // 4 * 4
+            test = turned(to_tensor(self.images[:n], image_size))
+            test, test_labels = common.to_uint8(test), np.arange(4).repeat(n // 4)
+        right = (judge(self.net, test)[1].argmax(1) == test_labels).mean()
+        print(f"the yardstick's network is right on {right:.2%} of the images it has not learned")
+        if right < 0.9:
+            raise SystemExit("that is no judge: it must be right on 90 %. Are there more images?")
+        self.mu, self.sigma = moments(judge(self.net, self.images)[0])
+
+    def trained(self, images, labels, cache):
+        """The network out of `cache`; trained, if it is not there."""
+        makers = (Classifier, digits, turns, train_net, disturbances.disturb)
+        key = repr(([inspect.getsource(maker) for maker in makers], common.checksum(images)))
+        file = Path(cache, f"yardstick-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
+        if not file.exists():
+            print(f"training the yardstick's network on {len(images):,} images", flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            common.save_file(train_net(images, labels).state_dict(), file)
+        side, classes = (images.shape[1], 4 if labels is None else 10)
+        net = Classifier(side, images.shape[-1], classes).eval()
+        net.load_state_dict(torch.load(file, weights_only=True))
+        return net
+
+    def distance(self, pixels):
+        """Frechet distance of uint8 (n, H, W, C), and the probabilities of the classes."""
+        features, p = judge(self.net, pixels)
+        return fid.frechet_distance(self.mu, self.sigma, *moments(features)), p
+
+
+def moments(features):
+    return features.mean(0), np.cov(features, rowvar=False)
 
 
 def read_test_split(data_dir):
@@ -113,27 +186,175 @@ def read_test_split(data_dir):
     return arrays[0].reshape(-1, 28, 28, 1), arrays[1]
 
 
+def check(args):
+    """Distances of disturbed images must rise with each level, those of real ones be tiny."""
+    yardstick = Yardstick(args.data, args.image_size, "auto", args.data_dir, args.cache)
+    print(f"other real images {yardstick.distance(yardstick.other)[0]:.4g}")
+    images, panels = yardstick.images[:SAMPLES], []
+    for kind in disturbances.KINDS:
+        disturbed = (disturbances.disturb(images, kind, level) for level in disturbances.LEVELS)
+        values = [yardstick.distance(each)[0] for each in disturbed]
+        rising = all(a < b for a, b in itertools.pairwise(values))
+        print(kind, *(f"{value:.4g}" for value in values), "rising" if rising else "NOT RISING")
+        panels.append((kind, disturbances.LEVELS, {"": values}))
+    if args.out:
+        common.save_curves(panels, args.out, "level of the disturbance", height=200)
+
+
+# ---------------------------------------------------------------------------------- the generators
+
+
+def generators(path):
+    """Yield (label, generator, z) of a run folder or .pt; what is in a checkpoint alone, too."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    content = common.load_file(path)
+    module = importlib.import_module(content["script"])  # train_*.py, also those in tests/
+    buffers = {name for name, _ in module.Generator(**content["generator_args"]).named_buffers()}
+    averaged = content["G_ema"]
+    if "G" in content:
+        copied = {k: content["G"][k] if k in buffers else v for k, v in averaged.items()}
+        states = {"raw": content["G"], "averaged": averaged, "copied": copied}
+    else:
+        states = {"averaged": averaged}
+    states |= {k.replace("G_ema", "averaged"): v for k, v in content.items() if "G_ema_" in k}
+    for label, state in states.items():
+        G = module.Generator(**content["generator_args"])
+        G.load_state_dict(state)
+        if label.startswith("averaged_"):  # with fresh statistics, as common.Run gives G_ema
+            source = torch.Generator().manual_seed(0)
+            draws = [common.draw_z(content["z"], common.CHUNK, generator=source) for _ in range(8)]
+            update_bn(draws, G)
+        yield label, G.requires_grad_(False).eval(), content["z"]
+
+
+@functools.cache
+def yardstick_for(data, image_size, channels, data_dir, cache):
+    return Yardstick(data, image_size, channels, data_dir, cache)
+
+
+def distances(path, args):
+    """Yield (label, distance, probabilities) of the generators in a file."""
+    for label, G, z in generators(path):
+        if args.only and label not in args.only:
+            continue
+        pixels = common.generate(G, common.latents(z, 0, range(SAMPLES)))
+        size, channels = pixels.shape[1], str(pixels.shape[-1])
+        yardstick = yardstick_for(args.data, size, channels, args.data_dir, args.cache)
+        yield label, *yardstick.distance(pixels)
+
+
+def measure(args):
+    for path in args.snapshots:
+        for label, distance, p in distances(path, args):
+            row = f"{path!s:<40} {label:<16} {distance:9.2f}"
+            if p.shape[1] == 10:  # digits: the share of sure ones, and of each
+                shares = np.bincount(p.argmax(1), minlength=10) / len(p)
+                row += f" {(p.max(1) > 0.9).mean():6.1%} sure;"
+                row += "".join(f"{share:6.1%}" for share in shares)
+            print(row, flush=True)
+
+
+# ------------------------------------------------------------------------------------ the recipes
+
+
+def recipes(args):
+    """{name: words of the command} of texts such as "plain: train_dcgan.py --lrd 2e-4"."""
+    data = ["--dataset", "mnist", "--data_dir", args.data_dir]
+    data = data if args.data == "mnist" else ["--path", args.data]
+    for text in args.recipes:
+        name, _, command = text.partition(":")
+        script, *flags = shlex.split(command)
+        script = next(path for path in (ROOT / script, ROOT / "tests" / script) if path.exists())
+        yield name, [sys.executable, str(script), *data, "--cache", args.cache, *flags]
+
+
+def n_images(args):
+    if args.data == "mnist":
+        return 60_000
+    return len(common.load_images(args.data, args.image_size, "auto", args.cache))
+
+
+def compare(args):
+    """Train each recipe with each seed to each number of images; print its distances there.
+
+    What is in --out is not trained or measured again, so that recipes and seeds can be added.
+    """
+    n, rows = n_images(args), collections.defaultdict(dict)
+    for (name, command), seed in itertools.product(recipes(args), args.seeds):
+        folder = args.out / f"{name}-s{seed}"
+        for kimg in sorted(args.kimg):
+            epochs = max(1, round(1000 * kimg / n))
+            kept = folder / f"epochs_{epochs}.pt"
+            if not kept.exists():
+                train_to(epochs, command, seed, folder)
+                with common.replacing(kept) as part:
+                    shutil.copy(folder / "checkpoint.pt", part)
+            measured = kept.with_suffix(".json")
+            if not measured.exists():
+                found = {label: distance for label, distance, _ in distances(kept, args)}
+                measured.write_text(json.dumps(found))
+                print(name, f"seed {seed}, {kimg:g} thousand images:", found, flush=True)
+            for label, distance in json.loads(measured.read_text()).items():
+                rows[name, label, kimg][seed] = distance
+    print(f"\n| recipe | generator | thousand images | mean of {len(args.seeds)} | each seed |")
+    print("|---|---|---|---|---|")
+    for (name, label, kimg), found in rows.items():
+        each = " ".join(f"{value:.3g}" for value in found.values())
+        print(f"| {name} | {label} | {kimg:g} | {np.mean([*found.values()]):.3g} | {each} |")
+
+
+def train_to(epochs, command, seed, folder):
+    """Train a run in `folder` to this number of epochs, from where it is."""
+    start = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else None
+    start = command[:2] + (start or [*command[2:], "--seed", str(seed), "--out", str(folder)])
+    often = ["--checkpoint", "1000000", "--sample_every", "1000000"]
+    subprocess.run([*start, "--epochs", str(epochs), *often], check=True, stdout=subprocess.DEVNULL)
+
+
+def cost(args):
+    """Time each recipe in turn, --rounds times; print the best, as a multiple of the first."""
+    speeds = collections.defaultdict(list)
+    for number, (name, command) in itertools.product(range(args.rounds), recipes(args)):
+        folder = args.out / f"{name}-{number}"
+        train_to(args.epochs, command, 0, folder)
+        with (folder / "metrics.csv").open() as file:
+            speeds[name] += [float(row["images_per_s"]) for row in csv.DictReader(file)]
+        shutil.rmtree(folder)
+    first = max(next(iter(speeds.values())))
+    for name, found in speeds.items():
+        best = max(found)
+        print(f"{name:<20} {1000 / best:7.2f} s for 1000 images, {first / best:.2f} of the first")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("snapshots", nargs="+", help="snapshots or run folders, of 28 x 28 in grey")
-    parser.add_argument("--data_dir", default="data", help="folder of MNIST, test files included")
-    parser.add_argument("--cache", default=".cache")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for work in (check, measure, compare, cost):
+        sub = commands.add_parser(work.__name__, help=work.__doc__)
+        sub.set_defaults(work=work)
+        sub.add_argument("data", help="a folder or .zip of images, or mnist")
+        sub.add_argument("--data_dir", default="data", help="of MNIST, with its test files")
+        sub.add_argument("--cache", default=".cache")
+        if work in (check, compare, cost):
+            sub.add_argument("--image_size", type=int, default=32)
+        if work in (compare, measure):
+            sub.add_argument("--only", nargs="+", help="raw, averaged, copied; default: all")
+        if work is check:
+            sub.add_argument("--out", type=Path, help="a picture of the curves")
+        elif work is measure:
+            sub.add_argument("snapshots", nargs="+", help="snapshots, checkpoints or run folders")
+        else:
+            sub.add_argument("recipes", nargs="+", help='as in "k 2: train_dcgan.py --k 2"')
+            sub.add_argument("--out", type=Path, default=Path("runs/quality"))
+        if work is compare:
+            sub.add_argument("--kimg", type=float, nargs="+", required=True)
+            sub.add_argument("--seeds", type=int, nargs="+", default=[0])
+        elif work is cost:
+            sub.add_argument("--rounds", type=int, default=3)
+            sub.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
-    train, test = common.read_dataset("mnist", args.data_dir), read_test_split(args.data_dir)
-    net = load_classifier(train, test, args.cache)
-    reference, _ = judge(net, train[0])
-
-    print(f"\n{'':<44} sure  distance " + "".join(f"{digit:>6}" for digit in range(10)))
-    for name in ("MNIST test images", *args.snapshots):
-        pixels = test[0]
-        if name in args.snapshots:
-            G, z = generate.load_generator(name)
-            pixels = generate.sample(G, z, range(10_000))
-        features, p = judge(net, pixels)
-        shares = np.bincount(p.argmax(1), minlength=10) / len(p)
-        row = f"{(p.max(1) > 0.9).mean():6.1%} {frechet_distance(reference, features):9.2f} "
-        print(f"{name:<42} {row}" + "".join(f"{share:6.1%}" for share in shares), flush=True)
+    args.work(args)
 
 
 if __name__ == "__main__":
