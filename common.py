@@ -658,12 +658,13 @@ def describe(image_size, modes, sides, transparent, duplicates):
         return "files: none\n"
     kinds = ", ".join(f"{n:,} {mode}" for mode, n in modes.most_common())
     line = f"files: {kinds}; shorter sides {min(sides)} to {max(sides)} pixels"
-    if small := sum(side < image_size for side in sides):
-        line += f"; {small:,} are enlarged to {image_size}: a smaller --image_size would suit them"
-    if duplicates:
-        line += f"; {duplicates:,} exact duplicates"
-    if transparent:
-        line += f"; {transparent:,} have transparency: laid on white"
+    small = sum(side < image_size for side in sides)
+    for n, what in (
+        (small, f"smaller than --image_size {image_size}"),
+        (duplicates, "exact duplicates"),
+        (transparent, "with transparency, laid on white"),
+    ):
+        line += f"; {n:,} {what}" if n else ""
     return line + "\n"
 
 

@@ -44,6 +44,7 @@ import fid
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 10_000
+SEEN = {"digits": 240_000, "turns": 128_000}  # images that the network learns from, with repeats
 
 # ---------------------------------------------------------------------------------- the yardstick
 
@@ -74,10 +75,10 @@ def to_tensor(pixels, side):
 
 
 def digits(images, labels):
-    """A Classifier of labelled images, and what makes a batch of an index for it."""
+    """A Classifier of labelled images, what makes a batch of an index, and the largest index."""
     labels = torch.from_numpy(labels.astype(np.int64))
     make = lambda index: (to_tensor(images[index.numpy()], 28), labels[index])
-    return Classifier(28, images.shape[-1], 10), make, (len(images), 240_000)
+    return Classifier(28, images.shape[-1], 10), make, len(images)
 
 
 def turns(images):
@@ -95,7 +96,7 @@ def turns(images):
         batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(3), batch)
         return turned(batch), torch.arange(4).repeat_interleave(len(batch) // 4)
 
-    return Classifier(side, images.shape[-1], 4), make, (len(pool), 128_000)
+    return Classifier(side, images.shape[-1], 4), make, len(pool)
 
 
 def turned(images):
@@ -105,8 +106,9 @@ def turned(images):
 
 def train_net(images, labels):
     torch.manual_seed(0)
-    net, make, (n, seen) = turns(images) if labels is None else digits(images, labels)
-    opt, epochs = torch.optim.Adam(net.parameters(), 1e-3), round(seen / n)
+    task = "turns" if labels is None else "digits"
+    net, make, n = turns(images) if task == "turns" else digits(images, labels)
+    opt, epochs = torch.optim.Adam(net.parameters(), 1e-3), round(SEEN[task] / n)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, epochs * (n // 128))
     for _ in range(epochs):
         for index in torch.randperm(n).split(128)[: n // 128]:
@@ -138,6 +140,8 @@ class Yardstick:
             self.other = common.resized(test, image_size, channels)
         else:
             images, labels = common.load_images(data, image_size, channels, cache), None
+            if len(images) < 256:
+                raise SystemExit(f"{len(images)} images are too few for a yardstick: 256 or more")
             self.other = learned = np.array(images[0::2])
             self.images = np.array(images[1::2])
         self.net = self.trained(learned, labels, cache)

@@ -136,3 +136,17 @@ def test_real_photographs(real_data):
     cats = common.load_images(real_data / "cats.zip", 16)
     assert cats.shape == (12_000, 16, 16, 3)
     assert 80 < cats.mean() < 160 and cats.std() > 40
+
+
+def test_the_report_tells_what_the_files_are_like(imgs, capsys):
+    Image.new("L", (40, 30)).save(imgs / "grey.png")
+    Image.new("RGBA", (8, 9), (255, 0, 0, 100)).save(imgs / "glass.png")
+    (imgs / "copy.png").write_bytes((imgs / "001.png").read_bytes())
+    (imgs / "again.bmp").write_bytes(encoded(Image.open(imgs / "001.png"), "BMP").getvalue())
+    report = (
+        "files: 26 RGB, 1 RGBA, 1 L; shorter sides 8 to 30 pixels; 1 smaller than --image_size 16; "
+        "2 exact duplicates; 1 with transparency, laid on white\n"
+    )
+    for start in ("decoded now", "out of the cache"):
+        common.load_images("imgs", 16)
+        assert report in capsys.readouterr().out, start

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -355,3 +356,32 @@ def test_damaged_checkpoints_are_refused(imgs, monkeypatch, capsys):
         (run / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(common.UserError, match="damaged"):
             train_dcgan.train(resume=run)
+
+
+def test_advice_by_the_number_of_images(capsys):
+    args = {"epochs": 50, "flip": False, "augment": "none"}
+    common.advise(400, SimpleNamespace(**args))
+    out = capsys.readouterr().out
+    assert "20,000 images" in out and "--epochs 750 here" in out
+    assert "--flip if" in out and "--augment colour,translation,cutout" in out
+    common.advise(400, SimpleNamespace(**args | {"epochs": 750, "flip": True, "augment": "cutout"}))
+    out = capsys.readouterr().out
+    assert "--epochs" not in out and "--flip" not in out and "--augment" not in out
+    assert "--nearest" in out
+    common.advise(12_000, SimpleNamespace(**args))
+    assert capsys.readouterr().out == ""
+
+
+FAILING = {
+    "D has won": {"lrg": 0.0, "lrd": 0.002},
+    "G has collapsed": {"lrg": 0.05, "lrd": 0.0, "norm": "none"},
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_a_failing_run_is_told_once_and_which_flags_help(what, imgs, monkeypatch, capsys):
+    monkeypatch.setattr(common, "PATIENCE", 20)
+    train_dcgan.train(**SMALL | {"epochs": 40} | FAILING[what])
+    out = capsys.readouterr().out
+    assert out.count(f"warning: {what}: ") == 1
+    assert "Try a lower --lrd" in out

@@ -102,7 +102,7 @@ def test_what_cannot_be_decoded_is_listed_and_training_goes_on(imgs, capsys):
     assert "4 of 28 files cannot be decoded" in capsys.readouterr().out
     (notes,) = Path(".cache").glob("*.txt")
     assert {line.partition(":")[0] for line in notes.read_text().splitlines()} == {
-        *("imgs/cut.jpg", "imgs/empty.png", "imgs/text.png", "imgs/huge.png")
+        *("files", "imgs/cut.jpg", "imgs/empty.png", "imgs/text.png", "imgs/huge.png")
     }
     assert (run / "generator_0001.pt").exists()
 

@@ -36,6 +36,9 @@ def get_args(argv):
     add("--beta1", type=common.bounded(float, 0, 0.999), default=0.5)
     add("--beta2", type=common.bounded(float, 0, 0.9999), default=0.999)
     add("--lr_decay", type=rate, default=1.0)
+    add("--hold", type=rate, help="thousand images after which the rates fall")
+    add("--power", type=rate, default=1.0, help="as (hold / thousand images seen) to this power")
+    add("--one_sided", type=common.bounded(float, 0, 1), default=0.0)
     add("--norm", choices=["batch", "none"], default="batch", help="of G")
     add("--norm_d", choices=["batch", "none"], default="batch", help="of D")
     add("--init", choices=["normal", "xavier"], default="normal")
@@ -79,7 +82,9 @@ def train_step(G, D, opt_d, opt_g, real, step, args):
     if args.relativistic:  # D: maximize log sigmoid(D(x) - D(G(z))), in pairs
         loss_d = F.softplus(logits_fake - logits_real).mean()
     else:
-        loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+        s = args.one_sided
+        loss_real = (1 - s) * F.softplus(-logits_real) + s * F.softplus(logits_real)
+        loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
     objective = loss_d
     for gamma, images in ((args.r1, seen), (args.r2, fake)):
         if gamma and step % args.every == 0:
@@ -130,8 +135,12 @@ def train(*argv, **flags):
     state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, **more}
     run = common.Run(args, __file__, images, device, size | own, z, **state)
     for real in run.batches():
+        scale = args.lr_decay**run.epoch
+        if args.hold:
+            kimg = run.step * run.images_per_step / 1000
+            scale *= min(1, args.hold / max(kimg, args.hold)) ** args.power
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
-            opt.param_groups[0]["lr"] = rate * args.lr_decay**run.epoch
+            opt.param_groups[0]["lr"] = rate * scale
         stats = train_step(G, D, opt_d, opt_g, real, run.step, args)
         for decay, average in [(args.ema, G_ema), *zip(args.emas, more.values())]:
             common.update_ema(average, G, run.step, decay)
