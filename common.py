@@ -55,7 +55,9 @@ def exit_codes():
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         yield
+        leave_ranks()
     except KeyboardInterrupt:
+        leave_ranks()
         sys.exit(130)
     except Exception as error:
         message = str(error)
@@ -382,6 +384,12 @@ def join_ranks(name):
     if rank() > 0:  # rank 0 speaks for all
         sys.stdout = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
     return device
+
+
+def leave_ranks():
+    """End what join_ranks began: its threads abort a process that ends before them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
