@@ -628,10 +628,9 @@ def decode_all(names, open_image, image_size, channels, cached):
     kinds, sides, contents = collections.Counter(), [], set()
 
     def work(file):
-        with Image.open(file) as image:
-            mode, side = image.mode, min(image.size)
-        file.seek(0)
-        pixels, has_alpha = decode(file, image_size, channels)
+        image = Image.open(file)
+        mode, side = image.mode, min(image.size)
+        pixels, has_alpha = decode(image, image_size, channels)
         return pixels, has_alpha, mode, side, hashlib.sha256(pixels).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, replacing(cached) as temporary:
@@ -682,10 +681,11 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 def decode(file, image_size=None, channels=3):
     """Decode an image file; returns uint8 (H, W, channels) and whether it was transparent.
 
-    EXIF orientation is applied, 16-bit grey is scaled, transparency is laid on white, of an
-    animation the first frame counts. With `image_size`: its central square, resized.
+    The file may also be an image that Pillow has just opened. EXIF orientation is applied, 16-bit
+    grey is scaled, transparency is laid on white, of an animation the first frame counts. With
+    `image_size`: its central square, resized.
     """
-    image = Image.open(file)
+    image = file if isinstance(file, Image.Image) else Image.open(file)
     if image_size:
         image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode photographs small
     image = ImageOps.exif_transpose(image)
@@ -875,6 +875,11 @@ def update_ema(G_ema, G, step, decay):
     """Move the averaged generator towards G, faster in the first steps; `step` counts from 0."""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     average(list(G_ema.parameters()), list(G.parameters()), step)
+
+
+def refresh_batchnorm(G_ema, z, generator, device="cpu"):
+    """Estimate the BatchNorm statistics of averaged weights anew: no copy of G's would fit them."""
+    update_bn([draw_z(z, CHUNK, generator=generator) for _ in range(8)], G_ema, device)
 
 
 def draw_z(z, n, device="cpu", generator=None):
@@ -1292,11 +1297,10 @@ class Run:
                 temporary.write_text("".join(lines[:1] + kept))
 
     def refresh_batchnorm(self):
-        """Estimate G_ema's BatchNorm statistics anew: no copy of G's would fit its weights."""
+        """Give G_ema statistics of its own, once a step."""
         if self.fresh_step != self.step:
             source = torch.Generator().manual_seed(mixed(self.args.seed, "batchnorm"))
-            batches = [draw_z(self.z, CHUNK, generator=source) for _ in range(8)]
-            update_bn(batches, self.state["G_ema"], self.device)
+            refresh_batchnorm(self.state["G_ema"], self.z, source, self.device)
             self.fresh_step = self.step
 
     def shown_real(self):

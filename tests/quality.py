@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import disturbances
@@ -232,9 +231,7 @@ def generators(path):
         G = module.Generator(**content["generator_args"])
         G.load_state_dict(state)
         if label.startswith("averaged_"):  # with fresh statistics, as common.Run gives G_ema
-            source = torch.Generator().manual_seed(0)
-            draws = [common.draw_z(content["z"], common.CHUNK, generator=source) for _ in range(8)]
-            update_bn(draws, G)
+            common.refresh_batchnorm(G, content["z"], torch.Generator().manual_seed(0))
         yield label, G.requires_grad_(False).eval(), content["z"]
 
 

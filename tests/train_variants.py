@@ -74,7 +74,7 @@ def penalty(D, images):
 
 
 def train_step(G, D, opt_d, opt_g, real, step, args):
-    """train_dcgan.train_step at k=1 and without smoothing, with the losses of the flags."""
+    """train_dcgan.train_step at k=1 on one rank, with the losses of the flags."""
     fake = G(common.drawn(torch.randn, len(real), args.z_dim, device=real.device))
     seen = common.augment(real, args.augment)
     logits_real = D(seen)
@@ -138,7 +138,7 @@ def train(*argv, **flags):
         scale = args.lr_decay**run.epoch
         if args.hold:
             kimg = run.step * run.images_per_step / 1000
-            scale *= min(1, args.hold / max(kimg, args.hold)) ** args.power
+            scale *= (args.hold / max(kimg, args.hold)) ** args.power
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
             opt.param_groups[0]["lr"] = rate * scale
         stats = train_step(G, D, opt_d, opt_g, real, run.step, args)
