@@ -1,12 +1,20 @@
-"""What the README says can be typed and clicked."""
+"""What the README says can be typed and clicked: its commands run here in order, in short form."""
 
+import functools
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_images
+from test_datasets import cifar10_archive, mnist_files
+from test_fid import SmallNetwork
 
+import common
 import fid
 import generate
 import train_balanced
@@ -14,24 +22,98 @@ import train_dcgan
 import train_fcgan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(
-    r"^ *(?:\.venv/bin/)?(?:python|torchrun .*?) (\w+\.py.*)$", README, re.MULTILINE
-)
-SCRIPTS = (train_dcgan, train_fcgan, train_balanced, generate, fid)
-PARSERS = {f"{script.__name__}.py": script.get_args for script in SCRIPTS}
+SCRIPTS = {
+    f"{script.__name__}.py": script
+    for script in (train_dcgan, train_fcgan, train_balanced, generate, fid)
+}
+*BLOCKS, VARIANT = re.findall(r"```python\n(.*?)```", README, re.S)  # the last: a variant's losses
+FOLDERS = ("imgs", "faces", "cats", "cats400", "celeba", "pokemon")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command, monkeypatch):
-    script, *argv = shlex.split(command, comments=True)
-    if "--help" in argv:
-        with pytest.raises(SystemExit) as exit:
-            PARSERS[script](argv)
-        assert exit.value.code == 0
-    elif "--resume" in argv or any(flag.startswith("--config") for flag in argv):
-        pytest.skip("needs a run: tests/test_run.py resumes and repeats some")
-    else:
-        PARSERS[script](argv)
+def commands():
+    """Each line of a code block and each `command` in the text that names a script and flags."""
+    text = README.replace("\\\n", " ")
+    line = r"^    (?:\.venv/bin/|.*&& \.venv/bin/)?(?:python|torchrun .*?) (\w+\.py.*)$"
+    inline = r"`(?:python )?(\w+\.py [^`\n]+)`"
+    for match in re.finditer(f"{line}|{inline}", text, re.M):
+        words = shlex.split(match[1] or match[2], comments=True)
+        if words[0] in SCRIPTS:
+            yield words, "torchrun" in match[0] or "--ngpu" in words
+
+
+def shortened(script, flags):
+    if script == "fid.py":
+        return [*flags, "--features", "random", "--img_num", "8"]
+    if script == "generate.py":
+        return flags
+    if "--resume" in flags:
+        return [*flags, "--epochs", "2"]
+    size = ["--image_size", "16"] + (["--width", "4"] if script != "train_fcgan.py" else [])
+    return [*flags, "--epochs", "1", *size]
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """The folders and data sets of the README, tiny; a small network in the place of Inception."""
+    for name in FOLDERS:
+        write_images(Path(name), 24)
+    for name in ("faces", "cats"):
+        shutil.make_archive(name, "zip", name)
+    Path("data").mkdir()
+    for name, content in mnist_files().items():
+        Path("data", name).write_bytes(content)
+    Path("data/cifar-10-binary.tar.gz").write_bytes(cifar10_archive())
+    read = common.read_dataset
+
+    def some(*args):
+        images, labels = read(*args)
+        return images[:200], labels[:200]
+
+    monkeypatch.setattr(common, "read_dataset", some)
+    monkeypatch.setattr(common, "draw_glyphs", functools.partial(common.draw_glyphs, n=100))
+    monkeypatch.setattr(fid, "Inception", SmallNetwork)
+
+
+def test_every_command_runs(prepared, monkeypatch, capsys):
+    ran = 0
+    for (script, *flags), in_processes in commands():
+        if in_processes:  # understood; tests/test_ranks.py runs such commands
+            SCRIPTS[script].get_args(flags)
+            continue
+        monkeypatch.setattr(sys, "argv", [script, *shortened(script, flags)])
+        try:
+            SCRIPTS[script].main()
+        except SystemExit as exit:
+            assert exit.code in (None, 0), f"{script} {flags}: {capsys.readouterr().err}"
+        for snapshot in Path("runs").glob("*/generator_0001.pt"):
+            shutil.copy(snapshot, snapshot.with_name("generator_0050.pt"))  # which the text names
+        ran += 1
+    assert ran > 40
+
+
+def test_the_lines_of_python_run(prepared):
+    scope = {"images": np.zeros((8, 16, 16, 3), np.uint8)}
+    for block in BLOCKS:
+        block = block.replace("epochs=50", "epochs=1, image_size=16, width=4")
+        block = block.replace("epochs=100", "epochs=2").replace("_0050", "_0001")
+        exec(block.replace("load_inception()", 'load_inception("random")'), scope)
+    assert scope["images"].shape == (64, 16, 16, 3) and Path("grid.png").exists()
+
+
+def test_a_copied_and_changed_script_trains_and_generates(imgs):
+    script = (ROOT / "train_dcgan.py").read_text()
+    for line in VARIANT.splitlines():
+        name = line.partition(" = ")[0]
+        script, found = re.subn(rf"^( +){name} = .*", rf"\1{line}", script, flags=re.M)
+        assert found == 1, name
+    Path("train_hinge.py").write_text(script)
+    for name in ("common.py", "generate.py"):
+        shutil.copy(ROOT / name, name)
+    small = shlex.split("--epochs 1 --image_size 16 --width 4")
+    run = functools.partial(subprocess.run, check=True)
+    run([sys.executable, "train_hinge.py", "--path", "imgs", *small])
+    run([sys.executable, "generate.py"])
+    assert len(list(Path("generated/hinge-imgs").glob("*.png"))) == 16
 
 
 def test_files_and_pictures_exist():
