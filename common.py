@@ -191,7 +191,7 @@ def augment_policy(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or some of {','.join(AUGMENT)}")
 
 
-def run_parser(script, manual, epochs, batch_size):
+def run_parser(script, manual, epochs, batch_size, ema=0.999):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
     parser = Parser(manual, Path(script).name)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -204,7 +204,7 @@ def run_parser(script, manual, epochs, batch_size):
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
     add("--batch_size", type=bounded(int, 2), default=batch_size, help="real images for D")
-    add("--ema", type=bounded(float, 0, 1), default=0.999, help="decay of the averaged generator")
+    add("--ema", type=bounded(float, 0, 1), default=ema, help="decay of the averaged generator")
     add("--augment", type=augment_policy, default="auto", help="DiffAugment, see AUGMENT in common")
     add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

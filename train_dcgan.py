@@ -25,7 +25,7 @@ import common
 
 
 def get_args(argv):
-    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=64)
+    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.995)
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")

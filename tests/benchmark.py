@@ -156,8 +156,8 @@ def plain_dcgan(args):
 
 
 def our_dcgan(args):
-    flags = {"path": args.path, "device": args.device, "image_size": 64, "width": 64}
-    return ours(train_dcgan.train, **flags)
+    sizes = {"image_size": 64, "width": 64, "batch_size": 64}
+    return ours(train_dcgan.train, path=args.path, device=args.device, **sizes)
 
 
 def plain_fcgan(args):
@@ -279,7 +279,8 @@ def timed(run, stats):
     run.stop_asked = run.step == 8
 common.Run.log = timed
 try:
-    train_dcgan.train("--dataset=glyphs", "--image_size={size}", "--width=64", "--augment=none")
+    sizes = ["--image_size={size}", "--width=64", "--batch_size=64"]
+    train_dcgan.train("--dataset=glyphs", *sizes, "--augment=none")
 except KeyboardInterrupt:
     pass
 print(min(b - a for a, b in zip(times, times[1:])))
