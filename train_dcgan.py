@@ -25,6 +25,7 @@ import common
 
 
 def get_args(argv):
+    # batch, decay and rates won in docs/experiments.md; the paper's are 128, no average and 2e-4
     parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.995)
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
