@@ -55,9 +55,9 @@ def exit_codes():
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         yield
-        leave_ranks()
+        leave_ranks(0)
     except KeyboardInterrupt:
-        leave_ranks()
+        leave_ranks(130)
         sys.exit(130)
     except Exception as error:
         message = str(error)
@@ -386,10 +386,13 @@ def join_ranks(name):
     return device
 
 
-def leave_ranks():
-    """End what join_ranks began: its threads abort a process that ends before them."""
+def leave_ranks(code):
+    """End a process that join_ranks brought in at once: threads of gloo can abort a slow exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""What the README says can be typed and clicked: its commands run here in order, in short form."""
+"""What the README says can be typed and clicked.
+
+Its commands run in order, in short form; those for several processes are parsed here and run by
+test_ranks.py.
+"""
 
 import functools
 import re

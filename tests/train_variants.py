@@ -6,7 +6,8 @@
     python tests/train_variants.py --path imgs/ --norm none --relativistic --r1 1 --r2 1
     python tests/train_variants.py --path imgs/ --emas 0.99 0.9995
 
-Without a flag of its own it does what train_dcgan.py does, bit for bit.
+Its rates, batch and decay are those of the plain recipe. With train_dcgan.py's, and without a flag
+of its own, it does what that does, bit for bit.
 """
 
 import argparse
