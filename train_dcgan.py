@@ -23,6 +23,8 @@ from torch import nn
 
 import common
 
+R1_EVERY = 16  # steps from penalty to penalty, each that many times as strong (Karras et al., 2020)
+
 
 def get_args(argv):
     # batch, decay and rates won in docs/experiments.md; the paper's are 128, no average and 2e-4
@@ -37,12 +39,16 @@ def get_args(argv):
     add("--k", type=number, default=1, help="batches for D per update of G (Goodfellow et al.)")
     add("--one_sided", type=common.bounded(float, 0, 1), default=0.0,
         help="label smoothing: D's target for real images is 1 minus this")  # fmt: skip
+    add("--r1", type=rate, default=0.0, metavar="GAMMA",
+        help="penalty on D's slope (R1) in place of its BatchNorm, for MNIST say: 1")  # fmt: skip
     add("--lr_decay", type=rate, default=1.0, help="both rates times this after every epoch")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation of inner layers")
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in D")
     add("--alpha_g", type=rate, default=0.0, help="LeakyReLU slope in G; 0 is ReLU")
     add("--init", choices=["normal", "xavier"], default="normal", help="normal: N(0, 0.02)")
     args = common.parse_flags(parser, argv)
+    if args.r1 and args.compile:
+        raise common.UserError("--r1 needs second derivatives, which --compile has not: choose one")
     common.settle_data_and_size(args)
     args.width = args.width or (32 if args.dataset == "glyphs" else 64)
     return args
@@ -95,23 +101,36 @@ class Discriminator(nn.Module):
         return self.layers(images).flatten().float()
 
 
-def train_step(G, D, opt_d, opt_g, real, args):
+def r1_penalty(D, images):
+    """Mean of |dD/dx|^2 over images (N, C, H, W), which holds D flat around them.
+
+    R1 of Mescheder et al., 2018, arXiv:1801.04406. D's logits must not depend on the batch.
+    """
+    images = images.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(D(images).sum(), images, create_graph=True)
+    return slopes.square().sum((1, 2, 3)).mean()
+
+
+def train_step(G, D, opt_d, opt_g, real, args, gamma=0.0):
     """k updates of D, each with fresh images, then one of G. Returns detached 0-d tensors.
 
-    real: (k * N, C, H, W) in [-1, 1]. All losses are means of -log D or -log(1 - D), from logits:
-    -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit).
+    real: (k * N, C, H, W) in [-1, 1]; gamma: the R1 penalty's weight in this step, or 0. All losses
+    are means of -log D or -log(1 - D), from logits: -log D(x) = softplus(-logit) and
+    -log(1 - D(x)) = softplus(logit).
     """
     for x in real.chunk(args.k):
         # D: maximize log D(x) + log(1 - D(G(z))). Real and fake go separately: BatchNorm must not
         # mix them. With one-sided smoothing s: (1 - s) log D(x) + s log(1 - D(x)) for the real.
         fake = G(common.drawn(torch.randn, len(x), args.z_dim, device=x.device))
-        logits_real = D(common.augment(x, args.augment))
+        seen = common.augment(x, args.augment)
+        logits_real = D(seen)
         logits_fake = D(common.augment(fake.detach(), args.augment))
         s = args.one_sided
         loss_real = (1 - s) * F.softplus(-logits_real) + s * F.softplus(logits_real)
         loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
+        penalty = gamma / 2 * r1_penalty(D, seen) if gamma else 0.0
         opt_d.zero_grad()
-        loss_d.backward()
+        (loss_d + penalty).backward()
         common.sync_grads(D)
         opt_d.step()
 
@@ -142,7 +161,7 @@ def train(*argv, **flags):
     size = {"image_size": args.image_size, "channels": images.shape[-1], "width": args.width}
     generator_args = size | {"z_dim": args.z_dim, "norm": args.norm, "alpha": args.alpha_g}
     G = Generator(**generator_args)
-    D = Discriminator(**size, norm=args.norm, alpha=args.alpha)
+    D = Discriminator(**size, norm="none" if args.r1 else args.norm, alpha=args.alpha)
     if args.summary:
         print(common.summary(G, torch.zeros(1, args.z_dim)))
         print(common.summary(D, torch.zeros(1, size["channels"], args.image_size, args.image_size)))
@@ -160,7 +179,8 @@ def train(*argv, **flags):
     for real in run.batches():
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
             opt.param_groups[0]["lr"] = rate * args.lr_decay**run.epoch
-        stats = train_step(G, D, opt_d, opt_g, real, args)
+        gamma = args.r1 * R1_EVERY if run.step % R1_EVERY == 0 else 0.0
+        stats = train_step(G, D, opt_d, opt_g, real, args, gamma)
         common.update_ema(G_ema, G, run.step, args.ema)
         run.log(stats)
     return run.folder

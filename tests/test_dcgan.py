@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from train_dcgan import Discriminator, Generator, stage_widths, train_step
+from train_dcgan import Discriminator, Generator, r1_penalty, stage_widths, train_step
 
 
 def settings(**changes):
@@ -141,6 +141,31 @@ def test_g_update_leaves_no_gradient_in_d():
     for grad, p in zip(after, D.parameters()):
         torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)
         assert p.requires_grad
+
+
+def test_the_r1_penalty_of_a_linear_discriminator_is_its_squared_weight():
+    weight = torch.randn(3, 8, 8)
+    D = lambda images: (images * weight).sum((1, 2, 3))
+    torch.testing.assert_close(r1_penalty(D, torch.randn(5, 3, 8, 8)), weight.square().sum())
+
+
+def test_gamma_adds_half_of_each_images_squared_slope_to_what_d_minimises():
+    G, D, opt_d, opt_g = small_pair(norm="none", lrd=0.0, lrg=0.0)
+    real = real_images()
+    torch.manual_seed(0)
+    train_step(G, D, opt_d, opt_g, real, settings(), gamma=3.0)
+    after = [p.grad.clone() for p in D.parameters()]
+    D.zero_grad()
+    torch.manual_seed(0)
+    fake = G(torch.randn(6, 8)).detach()
+    loss = F.softplus(-D(real)).mean() + F.softplus(D(fake)).mean()
+    for x in real.split(1):  # one image at a time
+        x.requires_grad_()
+        slope = torch.autograd.grad(D(x).sum(), x, create_graph=True)[0]
+        loss = loss + 3.0 / 2 * slope.square().sum() / len(real)
+    loss.backward()
+    for grad, p in zip(after, D.parameters()):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -26,7 +26,8 @@ TINY = ["--image_size=16", "--z_dim=8", "--batch_size=12", "--channels=1", "--pr
 PLAIN = ["--norm=none", "--augment=colour,translation,cutout", "--flip"]  # nothing per rank in it
 STILL = ["--lrd=0", "--lrg=0", "--epochs=1"]
 SCENARIOS = [
-    ["train_dcgan", *TINY, *PLAIN, *STILL, "--width=4", "--k=2", "--path=imgs", "--out=dcgan"],
+    ["train_dcgan", *TINY, *PLAIN, *STILL, "--width=4", "--k=2", "--r1=1", "--path=imgs",
+     "--out=dcgan"],
     ["train_fcgan", *TINY, *PLAIN, *STILL, "--hidden_g=9", "--hidden_d=9", "--dropout=0",
      "--path=imgs", "--out=fcgan"],
     ["train_balanced", *TINY, "--width=4", "--path=imgs", "--out=balanced", "--epochs=2",

@@ -67,13 +67,6 @@ class Generator(train_dcgan.Generator):
                 self.layers[i] = nn.Sequential(nn.Upsample(scale_factor=2), conv)
 
 
-def penalty(D, images):
-    """Mean over the images of |grad D|^2."""
-    images = images.detach().requires_grad_()
-    (grads,) = torch.autograd.grad(D(images).sum(), images, create_graph=True)
-    return grads.square().sum((1, 2, 3)).mean()
-
-
 def train_step(G, D, opt_d, opt_g, real, step, args):
     """train_dcgan.train_step at k=1 on one rank, with the losses of the flags."""
     fake = G(common.drawn(torch.randn, len(real), args.z_dim, device=real.device))
@@ -89,7 +82,7 @@ def train_step(G, D, opt_d, opt_g, real, step, args):
     objective = loss_d
     for gamma, images in ((args.r1, seen), (args.r2, fake)):
         if gamma and step % args.every == 0:
-            objective = objective + args.every * gamma / 2 * penalty(D, images)
+            objective = objective + args.every * gamma / 2 * train_dcgan.r1_penalty(D, images)
     opt_d.zero_grad()
     objective.backward()
     opt_d.step()
