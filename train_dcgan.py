@@ -39,18 +39,22 @@ def get_args(argv):
     add("--k", type=number, default=1, help="batches for D per update of G (Goodfellow et al.)")
     add("--one_sided", type=common.bounded(float, 0, 1), default=0.0,
         help="label smoothing: D's target for real images is 1 minus this")  # fmt: skip
-    add("--r1", type=rate, default=0.0, metavar="GAMMA",
-        help="penalty on D's slope (R1) in place of its BatchNorm, for MNIST say: 1")  # fmt: skip
+    add("--r1", type=rate, metavar="GAMMA",
+        help="R1: penalty on D's slope in place of its BatchNorm; default: 0, MNIST 1")  # fmt: skip
     add("--lr_decay", type=rate, default=1.0, help="both rates times this after every epoch")
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation of inner layers")
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in D")
     add("--alpha_g", type=rate, default=0.0, help="LeakyReLU slope in G; 0 is ReLU")
-    add("--init", choices=["normal", "xavier"], default="normal", help="normal: N(0, 0.02)")
+    add("--init", choices=["normal", "xavier"],
+        help="initial weights; default: normal, N(0, 0.02), or xavier with --r1")  # fmt: skip
     args = common.parse_flags(parser, argv)
-    if args.r1 and args.compile:
-        raise common.UserError("--r1 needs second derivatives, which --compile has not: choose one")
     common.settle_data_and_size(args)
     args.width = args.width or (32 if args.dataset == "glyphs" else 64)
+    if args.r1 is None:
+        args.r1 = 1.0 if args.dataset == "mnist" else 0.0
+    if args.r1 and args.compile:
+        raise common.UserError("--compile has no second derivatives for --r1: omit it, or --r1 0")
+    args.init = args.init or ("xavier" if args.r1 else "normal")
     return args
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from train_dcgan import Discriminator, Generator, r1_penalty, stage_widths, train_step
+from train_dcgan import Discriminator, Generator, get_args, r1_penalty, stage_widths, train_step
 
 
 def settings(**changes):
@@ -141,6 +141,21 @@ def test_g_update_leaves_no_gradient_in_d():
     for grad, p in zip(after, D.parameters()):
         torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)
         assert p.requires_grad
+
+
+@pytest.mark.parametrize(
+    "flags, r1, init",
+    [
+        ("--path=imgs", 0, "normal"),
+        ("--path=imgs --r1=0.1", 0.1, "xavier"),
+        ("--dataset=mnist", 1, "xavier"),
+        ("--dataset=mnist --r1=0", 0, "normal"),
+        ("--dataset=mnist --init=normal", 1, "normal"),
+    ],
+)
+def test_what_won_on_mnist_is_the_default_there(flags, r1, init):
+    args = get_args(flags.split())
+    assert (args.r1, args.init) == (r1, init)
 
 
 def test_the_r1_penalty_of_a_linear_discriminator_is_its_squared_weight():

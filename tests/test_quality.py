@@ -82,7 +82,7 @@ def test_recipes_are_trained_to_each_number_of_images_and_measured_once(scenes, 
     assert times == {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
 
 
-@pytest.mark.parametrize("r1", [{}, {"norm_d": "none", "every": train_dcgan.R1_EVERY}])
+@pytest.mark.parametrize("r1", [{}, {"norm_d": "none", "every": 16, "init": "xavier"}])
 def test_variants_without_flags_are_train_dcgan(r1, imgs):
     rates = {"lrd": 3e-4, "lrg": 3e-4, "one_sided": 0.1, "lr_decay": 0.5, "r1": float(bool(r1))}
     runs = train_dcgan.train(**SMALL | rates), train_variants.train(**SMALL | rates | r1)

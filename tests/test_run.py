@@ -316,7 +316,7 @@ BAD = {
     "--epochs=0": "argument --epochs: '0' is no int of 1 or more",
     "--one_sided=2": "argument --one_sided: '2' is no float from 0 to 1",
     "--lrd=nan": "argument --lrd: 'nan' is no float",
-    "--r1=1 --compile": "--r1 needs second derivatives, which --compile has not: choose one",
+    "--r1=1 --compile": "--compile has no second derivatives for --r1: omit it, or --r1 0",
     "--augment=blur": "argument --augment: 'blur' is not auto, none or some of colour",
     "--epoch=3": "unrecognized arguments: --epoch=3",
     "--path=imgs --dataset=glyphs": "omit one of them",
