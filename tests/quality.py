@@ -8,12 +8,12 @@
     python tests/quality.py cost imgs/ "plain: train_dcgan.py" "k 2: train_dcgan.py --k 2"
 
 The network learns without labels how far an image has been turned (0, 90, 180 or 270 degrees;
-Gidaris et al., 2018, arXiv:1803.07728) from every second image; on MNIST it learns the digits. The
-*distance* is the Frechet distance between its 128 features of 10,000 samples and of the images it
-has not learned from (of MNIST, the training images). Features of turns are whitened first: on the
-real images they are uncorrelated and vary by 1, so that all that they see counts alike, not only
-what tells a turned image. It compares with nothing but distances to the same images at the same
-size. The networks are kept in --cache.
+Gidaris et al., 2018, arXiv:1803.07728) from every second image, exact duplicates left out; on MNIST
+it learns the digits. The *distance* is the Frechet distance between its 128 features of 10,000
+samples and of the images it has not learned from (of MNIST, the training images). Features of turns
+are whitened first: on the real images they are uncorrelated and vary by 1, so that all that they
+see counts alike, not only what tells a turned image. It compares with nothing but distances to the
+same images at the same size. The networks are kept in --cache.
 """
 
 import argparse
@@ -141,10 +141,11 @@ class Yardstick:
             self.other = common.resized(test, image_size, channels)
         else:
             images, labels = common.load_images(data, image_size, channels, cache), None
+            images = list({image.tobytes(): image for image in images}.values())
             if len(images) < 256:
                 raise SystemExit(f"{len(images)} images are too few for a yardstick: 256 or more")
             self.other = learned = np.array(images[0::2])
-            self.images = np.array(images[1::2])
+            self.images = np.array(images[1::2])  # exact duplicates could have been in both
         self.net = self.trained(learned, labels, cache)
         if labels is None:
             n = len(self.images) // 4 * 4

@@ -1,6 +1,7 @@
 """The yardstick, the comparison of recipes, and the variants that did not win."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import disturbances
@@ -34,7 +35,11 @@ def scenes(monkeypatch):
 
 
 def test_every_disturbance_is_farther_than_other_real_images(scenes):
+    for i in range(25):
+        shutil.copy(f"scenes/{i}.png", f"scenes/copy_{i}.png")
     yardstick = quality.Yardstick(scenes, 16, "auto")
+    learned, others = ({i.tobytes() for i in part} for part in (yardstick.other, yardstick.images))
+    assert len(learned) == len(others) == 200 and not learned & others
     other, _ = yardstick.distance(yardstick.other)
     assert yardstick.distance(yardstick.images)[0] == pytest.approx(0, abs=1e-6)
     for kind in disturbances.KINDS:
