@@ -1240,6 +1240,8 @@ class Run:
         flags = ["a lower --lrd"]
         if self.args.augment == "none":
             flags.append("--augment " + ",".join(AUGMENT))
+        if getattr(self.args, "r1", None) == 0:
+            flags.append("--r1 1")
         if hasattr(self.args, "dropout"):
             flags.append("a higher --dropout")
         if what == "G has collapsed":

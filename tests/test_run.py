@@ -385,4 +385,4 @@ def test_a_failing_run_is_told_once_and_which_flags_help(what, imgs, monkeypatch
     train_dcgan.train(**SMALL | {"epochs": 40} | FAILING[what])
     out = capsys.readouterr().out
     assert out.count(f"warning: {what}: ") == 1
-    assert "Try a lower --lrd" in out
+    assert "Try a lower --lrd or " in out and "--r1 1" in out
