@@ -141,11 +141,12 @@ class Yardstick:
             self.other = common.resized(test, image_size, channels)
         else:
             images, labels = common.load_images(data, image_size, channels, cache), None
+            # exact duplicates could be learned from and judged by
             images = list({image.tobytes(): image for image in images}.values())
             if len(images) < 256:
                 raise SystemExit(f"{len(images)} images are too few for a yardstick: 256 or more")
             self.other = learned = np.array(images[0::2])
-            self.images = np.array(images[1::2])  # exact duplicates could have been in both
+            self.images = np.array(images[1::2])
         self.net = self.trained(learned, labels, cache)
         if labels is None:
             n = len(self.images) // 4 * 4

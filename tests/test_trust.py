@@ -297,6 +297,7 @@ def test_files_of_strangers(imgs, monkeypatch, capsys):
         whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :]
         for i in rng.integers(len(whole), size=20)
     ]
+    spared, harmless = [], 0
     for change in (*changes, *damaged, *flipped):
         if isinstance(change, bytes):
             path.write_bytes(change)
@@ -310,11 +311,15 @@ def test_files_of_strangers(imgs, monkeypatch, capsys):
             try:
                 main()
                 # flipped bits may do no harm, and resuming does not need all of a file
-                spared = isinstance(change, dict) and main is train_dcgan.main
-                assert change in flipped or spared, change
+                if change in flipped:
+                    harmless += 1
+                else:
+                    assert isinstance(change, dict) and main is train_dcgan.main, change
+                    spared.append(change)
             except SystemExit as exit:
                 error = capsys.readouterr().err
                 assert exit.code == 2 and error.count("\n") == 1, (change, error)
+    assert harmless < 35 and spared == [{"z": {"dim": -3, "distribution": "normal"}}]
     assert not Path("trapped").exists()
 
 
