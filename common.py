@@ -1,13 +1,19 @@
-"""Everything around the networks, shared by the training scripts.
+"""What the training scripts share. No network, loss or update rule: those are in the train_*.py.
 
-In order: errors and files, flags, devices and ranks, images, networks, pictures, and the run that
-ties them together. No network, loss or update rule is here: those are in the train_*.py.
+data      decode, load_images, load_data; read_dataset: MNIST, CIFAR-10, drawn characters
+model     prepare, averaged, update_ema, draw_latents, latents, generate, Augment, summary
+pictures  to_uint8, save_grid, save_gif, save_curves
+--------- to adapt a script you need not read on
+flags     run_parser, parse_flags, config.ini
+devices   setup, choose_device, sync_grads and the ranks of torchrun
+files     UserError, exit_codes, replacing, save_file, load_file
+Run       a run's folder and all that is written into it; its docstring is a timeline
 """
 
 import argparse
-import collections
 import configparser
 import contextlib
+import copy
 import csv
 import datetime
 import errno
@@ -19,12 +25,13 @@ import itertools
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
+import socket
 import sys
 import tarfile
-import threading
 import time
-import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -37,121 +44,569 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 
-# ------------------------------------------------------------------------------ errors and files
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps a second process out of a run's folder
+    fcntl = None
+
+# ------------------------------------------------------------------------------------------ data
+
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OTHER_ENDINGS = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".tga", ".psd", ".svg", ".dng")
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 
 
-class UserError(ValueError):
-    """Something the user can mend; the message says how. Command lines print it and exit with 2."""
+def decode(file, image_size=None, channels=3):
+    """Decode an image file into uint8 (H, W, channels); raises whatever Pillow stumbles on.
 
-
-@contextlib.contextmanager
-def exit_codes():
-    """Turn what the user can mend into one line and exit code 2, and a stop into exit code 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    try:
-        yield
-        leave_ranks(0)
-    except KeyboardInterrupt:
-        leave_ranks(130)
-        sys.exit(130)
-    except Exception as error:
-        message = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
-            message = "out of memory: lower --batch_size, --width or --image_size"
-        elif dist.is_initialized() and "by peer" in message:  # connection closed, reset
-            message = "another process has ended: its error is the reason"
-        elif not isinstance(error, (UserError, OSError)):
-            raise
-        line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary name beside `path` that takes its place once it is safely on disk.
-
-    Whatever interrupts the block, `path` holds its old content or the new one, never a part.
+    EXIF orientation is applied, 16-bit grey is scaled, transparency is laid on white, of an
+    animation the first frame counts. With `image_size`: its central square, resized.
     """
-    own = f".{Path(path).name}.{os.getpid()}-{threading.get_ident()}.part"
-    temporary = Path(path).with_name(own)
+    image = Image.open(file)
+    if image_size:
+        image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode photographs small
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range: convert them to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+        values = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image_size:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def attempt(name, open_image, work):
+    """(work(file), None), or (None, what is wrong with the file of this name)."""
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left for {path}: what was there is unchanged") from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+        with open_image(name) as file:
+            return work(file), None
+    except Exception as error:  # decoders raise anything at all on damaged files
+        return None, f"{name}: {str(error) or type(error).__name__}"
 
 
-def save_file(content, path):
-    """Write a dict of tensors and plain types; through a file object, whose errors are OSErrors."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+def decoded(names, open_image, **options):
+    """Decode files in threads; yields (pixels, None) or (None, what is wrong), in their order."""
+    work = functools.partial(decode, **options)
+    work = functools.partial(attempt, open_image=open_image, work=work)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(names), CHUNK):  # few at a time: photographs may be large
+            yield from pool.map(work, names[start : start + CHUNK])
+            done = min(start + CHUNK, len(names))
+            progress(f"decoding: {done:,} of {len(names):,}", last=done == len(names))
 
 
-PARTS = {"script": str, "generator_args": dict, "z": dict, "config": dict, "G_ema": dict}
+def image_files(path):
+    """Of a folder or .zip: sorted (name, bytes, time or hash) of its images, and what opens one."""
+    path, names = Path(path), []
+    if path.is_dir():
+        start = len(os.path.join(path, ""))
+        for folder, subfolders, inside in os.walk(path):
+            if "checkpoint.pt" in inside:  # a run: its sample grids are no data
+                inside = subfolders[:] = []
+            subfolders[:] = [name for name in subfolders if name[0] != "."]
+            names += [os.path.join(folder, name)[start:] for name in inside]
+        open_image = lambda name: open(os.path.join(path, name), "rb")  # noqa: SIM115
+
+        def facts(name):
+            file = os.path.join(path, name)
+            stat = os.stat(file, follow_symlinks=os.path.exists(file))  # of a broken link: its own
+            return stat.st_size, stat.st_mtime_ns
+    elif zipfile.is_zipfile(path):
+        try:
+            names = (archive := zipfile.ZipFile(path)).namelist()
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path} is a damaged .zip ({error})") from None
+        facts = lambda name: (archive.getinfo(name).file_size, archive.getinfo(name).CRC)
+        open_image = lambda name: io.BytesIO(archive.read(name))
+    else:
+        state = "is neither a folder nor a .zip" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}: pass a folder or .zip of images")
+    names = [name for name in names if "/." not in f"/{name}" and "__MACOSX" not in name]
+    if other := sum(name.lower().endswith(OTHER_ENDINGS) for name in names):
+        print(f"{other:,} images are left out: {' '.join(OTHER_ENDINGS)} are not read")
+    names = sorted(name for name in names if name.lower().endswith(ENDINGS))
+    if not names:
+        searched = f"{' '.join(ENDINGS)}, also in subfolders that are no run"
+        raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
+    return [(name, *facts(name)) for name in names], open_image
 
 
-def load_file(path):
-    """Read a checkpoint or snapshot onto the CPU: tensors and plain types, never objects."""
+def load_images(path, image_size, channels="auto", cache=".cache"):
+    """Decode a folder or .zip once; returns a memory-mapped uint8 (N, H, W, C) array.
+
+    Images are cropped to their central square and resized to `image_size`. `channels` is "1", "3"
+    or "auto": 1 if all files are grey. The result stays in `cache` while files and settings stay
+    the same; its attribute `fingerprint` follows from the files' names and sizes. Undecodable files
+    are skipped and listed; UserError if nothing is left.
+    """
+    files, open_image = image_files(path)
+    names, whole = [name for name, *_ in files], Path(path).resolve()
+    if channels == "auto":
+        mode_of = lambda file: Image.open(file).mode
+        modes = (attempt(name, open_image, mode_of)[0] for name in names)
+        channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
+    place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
+    cached = Path(cache, f"{place}{short_hash((3, files))}.npy")
+    if (images := open_cached(cached)) is None:
+        try:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            fill_cache(cached, names, open_image, image_size, int(channels))
+            for stale in Path(cache).glob("*"):  # made when the files were others
+                if stale.name.startswith(place) and stale.stem != cached.stem:
+                    stale.unlink(missing_ok=True)
+        except (OSError, UserError) as error:
+            raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
+        images = open_cached(cached)
+    notes, skipped = cached.with_suffix(".txt"), len(files) - len(images)
+    if not len(images):
+        raise UserError(f"none of the {skipped} images in {path} can be decoded, see {notes}")
+    line = (
+        f"{len(images):,} images of {path}, {images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB"
+    )
+    if skipped:
+        line += f"; {skipped:,} of {len(files):,} files cannot be decoded, see {notes}"
+    with contextlib.suppress(OSError, ValueError, StopIteration), notes.open("rb") as file:
+        line += f"; {n:,} are exact duplicates" if (n := int(next(file).split()[0])) else ""
+    print(f"{line}; in {cached}", flush=True)
+    images.fingerprint = short_hash([(Path(name).name, size) for name, size, _ in files])
+    return images
+
+
+def short_hash(content):
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def open_cached(path):
+    """The array in a .npy; None if there is none or a part of it is missing."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.load(path, mmap_mode="r")
+
+
+def fill_cache(cached, names, open_image, image_size, channels):
+    """Decode files into the .npy `cached`, and what failed into a .txt beside it."""
+    count, different, errors = 0, set(), []
+
+    def write_header():  # padded by numpy for any first axis, so that it can be written again
+        shape = (count, image_size, image_size, channels)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    options = {"image_size": image_size, "channels": channels}
+    with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
+        write_header()
+        for pixels, error in decoded(names, open_image, **options):
+            if error:
+                errors.append(error)
+            else:
+                file.write(pixels)
+                different.add(hashlib.sha256(pixels).digest())
+                count += 1
+        file.seek(0)
+        write_header()
+    notes = "\n".join([f"{count - len(different)} exact duplicates", *errors, ""])
+    write_file(cached.with_suffix(".txt"), notes.encode("utf-8", "backslashreplace"))
+
+
+def load_data(args):
+    """The images that the flags name, uint8 (N, H, W, C), and their classes, int64 (N,) or None.
+
+    `args` gets a fingerprint of them, so that a run is not resumed with others.
+    """
+    if args.label and args.path:
+        raise UserError(f"--label needs --dataset {' or '.join(DATASETS)}: --path has no classes")
+    with rank_0_first():
+        if args.path:
+            images = load_images(args.path, args.image_size, args.channels, args.cache)
+            args.fingerprint, labels = images.fingerprint, None
+        else:
+            data = args.dataset, args.data_dir, args.image_size, args.channels
+            (images, labels), args.fingerprint = read_dataset(*data), args.dataset
+    chosen = np.isin(labels, args.label) if args.label else slice(None)
+    return images[chosen], None if labels is None else labels[chosen]
+
+
+# MNIST, CIFAR-10 and drawn characters
+
+DATASETS = ("mnist", "cifar10", "glyphs")
+MNIST, CIFAR10 = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://www.cs.toronto.edu/~kriz/",
+)
+FILES = {  # address, sha256
+    "train-images-idx3-ubyte.gz": (
+        MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+    "train-labels-idx1-ubyte.gz": (
+        MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+    "cifar-10-binary.tar.gz": (
+        CIFAR10, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
+}  # fmt: skip
+
+
+def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
+    """The training split of one of DATASETS: uint8 images (N, H, W, C) and labels, int64 (N,).
+
+    Read from `data_dir`, downloaded into it if nothing is there; "glyphs" are drawn. Files that are
+    there are checked for size and layout, downloads for their hash; UserError if that fails.
+    """
+    if name == "glyphs":
+        return draw_glyphs(image_size or 32, 1 if channels == "1" else 3)
+    if name == "mnist":
+        shapes = {"images-idx3": (60_000, 28, 28), "labels-idx1": (60_000,)}
+        images, labels = (
+            find_or_download(f"train-{kind}-ubyte.gz", Path(data_dir), read_idx, shape)
+            for kind, shape in shapes.items()
+        )
+        images = images[..., None]
+    else:
+        records = find_or_download("cifar-10-binary.tar.gz", Path(data_dir), read_cifar10)
+        labels, images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return resized(images, image_size or images.shape[1], channels), labels.astype(np.int64)
+
+
+def find_or_download(name, folder, read, *options):
+    """What `read` makes of a file in one of its usual places below `folder`, or downloaded."""
+    plain = name.removesuffix(".gz")
+    places = [name, plain, f"MNIST/raw/{name}", f"MNIST/raw/{plain}"]
+    places += ["cifar-10-batches-bin"] if name.startswith("cifar") else []
+    path = next((folder / place for place in places if (folder / place).exists()), folder / name)
+    if not path.exists():
+        download(FILES[name][0] + name, path, FILES[name][1])
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: no member is larger
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise ValueError("it claims to hold more than it does")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles on
-        reason = str(error).partition("\n")[0][:100]
-        raise UserError(f"{path} is damaged or no file of these scripts ({reason})") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), kind) for name, kind in PARTS.items()
-    ):
-        raise UserError(f"{path} is neither a checkpoint nor a snapshot")
-    return content
+        return read(path, *options)
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"{path} is no {plain} ({error}): remove it") from None
 
 
-def newest_run(script=None):
-    """The folder in runs/ whose checkpoint was written last, of this script where one is named."""
-    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
-    if script:
-        inis = [run / "config.ini" for run in runs]
-        runs = [ini.parent for ini in inis if ini.exists() and f"[{script}]" in ini.read_text()]
-    if not runs:
-        kind = f"of {script}.py " if script else ""
-        raise UserError(f"there is no run {kind}in runs/: train one first, or name its folder")
-    return max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
+def download(url, path, sha256):
+    """Fetch a file, which takes its name once its hash is right; UserError says where to put it."""
+    print(f"downloading {url} to {path}", flush=True)
+    socket.setdefaulttimeout(60)  # seconds of silence
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), sha256)
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise UserError(f"no download of {url} ({error}): put it into {path.parent}") from None
 
 
-def by_epoch(paths):
-    """Files such as epoch_0050.png in order; from epoch 10,000 on their names are longer."""
-    return sorted(paths, key=lambda path: (len(path.name), path.name))
+def read_idx(path, shape):
+    """The values of an IDX file of bytes, plain or gzipped, if it has this shape."""
+    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if is_gzip else open)(path, "rb") as file:
+        content = file.read(len(header) + math.prod(shape) + 1)  # a byte more would be too many
+    if len(content) != len(header) + math.prod(shape) or not content.startswith(header):
+        raise ValueError("wrong size or header")
+    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
 
 
-class ProgressLine:
-    """A line rewritten in place on a terminal; elsewhere a plain line every 15 seconds."""
+def read_cifar10(path):
+    """The records of the five training batches, from the .tar.gz or the folder it unpacks to."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    if path.is_dir():
+        batches = [(path / name).read_bytes() for name in names]
+    else:
+        with tarfile.open(path) as archive:  # read, never unpacked
+            members = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+            batches = [member.read(30_730_001) for member in members]
+    records = np.frombuffer(b"".join(batches), np.uint8)
+    if any(len(batch) != 10_000 * 3073 for batch in batches) or records[::3073].max() > 9:
+        raise ValueError("wrong size or labels")
+    return records.reshape(-1, 3073)
 
-    shown = -math.inf
 
-    def show(self, text, last=False):
-        if sys.stdout.isatty():
-            width = os.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{text[:width]}", end="\n" if last else "", flush=True)
-        elif last or time.monotonic() > self.shown + 15:
-            self.shown = time.monotonic()
-            print(text, flush=True)
+def resized(images, image_size, channels):
+    """uint8 (N, H, W, C) at another size, and in grey or colour where asked for."""
+    mode, size = {"auto": None, "1": "L", "3": "RGB"}[channels], (image_size, image_size)
+    if images.shape[1] == image_size and not mode:
+        return images
+    pictures = (to_picture(row).resize(size, Image.Resampling.BICUBIC) for row in images)
+    rows = [np.asarray(picture.convert(mode) if mode else picture) for picture in pictures]
+    return np.stack(rows).reshape(len(images), *size, -1)
 
 
+GLYPHS = "ABEHKSTX2345"  # few and unlike: a small network learns them in minutes
+
+
+def draw_glyphs(image_size, channels=3, n=4800, seed=0):
+    """n coloured characters in Pillow's own font, uint8 (n, image_size, image_size, channels), and
+    which of GLYPHS each is, int64 (n,)."""
+    rng = np.random.default_rng(seed)
+    side = 3 * image_size  # drawn large, turned, then reduced: smooth edges
+    fonts = [ImageFont.load_default(side * share) for share in (0.7, 0.8, 0.9)]
+    images, labels = [], []
+    for _ in range(n):
+        mask, place = Image.new("L", (side, side)), side * rng.uniform(0.45, 0.55, 2)
+        font, label = fonts[rng.integers(3)], rng.integers(len(GLYPHS))
+        style = {"font": font, "anchor": "mm", "stroke_width": side // 40}
+        ImageDraw.Draw(mask).text(tuple(place), GLYPHS[label], 255, **style)
+        mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
+        hue = rng.integers(360)
+        image = Image.new("RGB", mask.size, f"hsl({hue}, 60%, 85%)")
+        image.paste(f"hsl({hue + rng.integers(60, 300)}, 80%, 30%)", mask=mask)
+        images.append(np.asarray(image.convert("L" if channels == 1 else "RGB")))
+        labels.append(label)
+    return np.stack(images).reshape(n, image_size, image_size, channels), np.array(labels)
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+def prepare(net, device, args):
+    """Place a network: channels_last; its forward pass in bf16 or compiled, where asked for.
+
+    Parameters stay float32. Outside the forward pass, so in the losses, nothing is in bf16.
+    """
+    net.to(device, memory_format=torch.channels_last)
+    if args.precision == "bf16":
+        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def averaged(G, device):
+    """A copy of G, before it is prepared, for the average of its weights."""
+    G_ema = copy.deepcopy(G).requires_grad_(False).eval()
+    return G_ema.to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def update_ema(G_ema, G, step, decay):
+    """Move the averaged generator towards G, faster in the first steps; `step` counts from 0.
+
+    Buffers are copied, but for BatchNorm's: Run makes those when G_ema is used.
+    """
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average(list(G_ema.parameters()), list(G.parameters()), step)
+    for ours, theirs in zip(G_ema.modules(), G.modules()):
+        if not isinstance(ours, nn.modules.batchnorm._BatchNorm):
+            for buffer, current in zip(ours.buffers(False), theirs.buffers(False)):
+                buffer.copy_(current)
+
+
+def refresh_batchnorm(G_ema, latent, generator, device="cpu"):
+    """Estimate the BatchNorm statistics of averaged weights anew: no copy of G's would fit them."""
+    update_bn([draw_latents(latent, CHUNK, generator=generator) for _ in range(8)], G_ema, device)
+
+
+def draw_latents(latent, n, device="cpu", generator=None, label=None):
+    """n inputs of G, (n, dim): {"dim": 100, "distribution": "normal" or "uniform"} says how.
+
+    With {"classes": 10} besides, a class follows in one-hot form, (n, dim + 10): `label`, or any.
+    """
+    draw = torch.rand if latent["distribution"] == "uniform" else torch.randn
+    z = draw(n, latent["dim"], device=device, generator=generator)
+    z = z * 2 - 1 if latent["distribution"] == "uniform" else z
+    if "classes" not in latent:
+        return z
+    label = torch.randint(latent["classes"], (n,), generator=generator) if label is None else label
+    return torch.cat([z, torch.eye(latent["classes"], device=device)[label].expand(n, -1)], 1)
+
+
+def latents(latent, seed, numbers, label=None):
+    """G's inputs for the images with these numbers, each from (seed, number) alone; on the CPU.
+
+    Where there are classes, they take turns, or all are of class `label`.
+    """
+    source, rows = torch.Generator(), []
+    for number in numbers:
+        source.manual_seed(mixed(seed, "image", number))
+        its_class = number % latent.get("classes", 1) if label is None else label
+        rows.append(draw_latents(latent, 1, generator=source, label=its_class))
+    return torch.cat(rows)
+
+
+def mixed(*key):
+    """One 63-bit seed out of several numbers and words, so that their streams are independent."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+CHUNK = 64  # images generated at once; always as many, since rounding may depend on it
+
+
+@torch.no_grad()
+def generate(G, z):
+    """Images uint8 (n, H, W, C) of z (n, dim); each the same whatever is beside it."""
+    device, images = next(G.parameters()).device, []
+    with exact():
+        for part in z.split(CHUNK):
+            padded = F.pad(part, (0, 0, 0, CHUNK - len(part)))
+            images.append(to_uint8(G(padded.to(device))[: len(part)]))
+    return np.concatenate(images)
+
+
+@contextlib.contextmanager
+def exact():
+    """In the block a GPU computes float32 as such, and the same bits each time."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+
+
+KINDS = ("translation", "scale", "stretch", "colour", "cutout")
+BY_NEED = KINDS[:3]
+TARGET, MOST, PACE = 0.75, 0.5, 50_000  # of `sure`; of p; images for p to go from 0 to 1
+
+
+class Augment(nn.Module):
+    """Disturbs what D sees, images (N, C, H, W), real and generated alike; G learns through it.
+
+    A list of KINDS: each on every image (DiffAugment, Zhao et al., 2020, arXiv:2006.10738). "need":
+    BY_NEED, each on an image with probability p, which `update` moves (Karras et al., 2020,
+    arXiv:2006.06676). "none": nothing.
+    """
+
+    def __init__(self, policy):
+        super().__init__()
+        self.by_need = policy == "need"
+        self.kinds = BY_NEED if self.by_need else policy.split(",")
+        always = float(policy not in ("need", "none"))
+        self.register_buffer("p", torch.tensor(always), persistent=self.by_need)
+        self.register_buffer("sure", torch.tensor(0.0), persistent=self.by_need)
+
+    @torch.no_grad()
+    def update(self, logits_real):
+        """After an update of D: move p by D's logits of the real images as it saw them, (N,)."""
+        if self.by_need:
+            self.sure.lerp_(rank_mean(logits_real.sign().mean()), 0.03)
+            step = len(logits_real) * WORLD_SIZE / PACE
+            self.p.add_((self.sure - TARGET).sign(), alpha=step).clamp_(0, MOST)
+
+    def forward(self, images):
+        if "none" in self.kinds:
+            return images
+        n, _, height, width = images.shape
+        rand = lambda: torch.rand(n, 1, 1, 1, device=images.device)
+        some = lambda values: values * (rand() < self.p)  # 0 leaves an image as it is
+        if "colour" in self.kinds:
+            images = images + some(rand() - 0.5)  # brightness
+            grey = images.mean(1, keepdim=True)
+            images = (images - grey) * (1 + some(2 * rand() - 1)) + grey  # saturation
+            mean = images.mean((1, 2, 3), keepdim=True)
+            images = (images - mean) * (1 + some(rand() - 0.5)) + mean  # contrast
+        zero = torch.zeros(n, 1, 1, 1, device=images.device)
+        scale = some(0.2 * torch.randn_like(zero)) if "scale" in self.kinds else zero
+        stretch = some(0.2 * torch.randn_like(zero)) if "stretch" in self.kinds else zero
+        down = right = zero
+        if "translation" in self.kinds:  # by whole pixels, up to an eighth
+            down = some((rand() - 0.5) * height / 4).round()
+            right = some((rand() - 0.5) * width / 4).round()
+        rows = resampling(height, 2 ** (scale - stretch), down)
+        columns = resampling(width, 2 ** (scale + stretch), right)
+        images = rows @ images @ columns.mT
+        if "cutout" in self.kinds:  # a square hole of half the side, centred anywhere
+            y, x = (torch.arange(side, device=images.device) for side in (height, width))
+            tall = (y[:, None] - rand() * height).abs() < height / 4
+            wide = (x - rand() * width).abs() < width / 4
+            images = images * ~(tall & wide & (rand() < self.p))
+        return images
+
+
+def resampling(side, scale, shift):
+    """Matrices (N, 1, side, side) that resize rows about their centre, then shift them by pixels:
+    bilinear, with zeros from outside. `scale`, `shift`: (N, 1, 1, 1)."""
+    place = torch.arange(side, device=scale.device) - (side - 1) / 2
+    return F.relu(1 - ((place[:, None] - shift) / scale - place).abs())
+
+
+def summary(net, *inputs):
+    """The layers of `net` as PyTorch prints them, its input and output shapes and parameters."""
+    with torch.no_grad():
+        output = net(*inputs)
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+    count = sum(p.numel() for p in net.parameters())
+    return f"{net}\n{shapes} -> {tuple(output.shape)}, {count:,} parameters"
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def to_uint8(images):
+    """(N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array."""
+    pixels = images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_picture(pixels):
+    """uint8 (H, W, C) -> Pillow image."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def encoded(image, kind="PNG", **options):
+    """The bytes of an image file; in memory, as Pillow's writing hides that a disk is full."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def save_grid(images, path, columns=None, gap=2):
+    """Save uint8 (n, H, W, C) as one PNG, row by row; by default as wide as high."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    missing = -len(images) % columns
+    images = np.pad(images, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    n, height, width, channels = images.shape
+    grid = images.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
+    grid = grid.reshape(n // columns * height, columns * width, channels)
+    grid = np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    write_file(path, encoded(to_picture(grid)))
+
+
+def save_gif(frames, path, limit=10_000_000):
+    """Save Pillow images as an animation of about 10 s; reduced, where it takes `limit` bytes."""
+    times = [max(40, 10_000 // len(frames))] * (len(frames) - 1) + [2000]  # ms; rests on the last
+    width, height = frames[0].size
+    scale = min(1, math.sqrt(limit / (width * height * len(frames))))  # a byte a pixel, about
+    content = bytes(limit)
+    while len(content) >= limit:
+        size = math.ceil(width * scale), math.ceil(height * scale)
+        small = [frame.convert("RGB").resize(size).quantize() for frame in frames]
+        options = {"save_all": True, "append_images": small[1:], "duration": times, "loop": 0}
+        content, scale = encoded(small[0], "GIF", **options), 0.8 * scale
+    write_file(path, content)
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+
+def save_curves(panels, path, xlabel, width=900, height=300):
+    """Draw line charts one below the other: panels is [(title, x, {label: y, ...}), ...], with up
+    to four curves each."""
+    canvas = Image.new("RGB", (width, height * len(panels)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    for i, (title, x, curves) in enumerate(panels):
+        left, top, right, bottom = 70, i * height + 40, width - 20, (i + 1) * height - 45
+        ys = np.array(list(curves.values()))
+        x_ticks, y_ticks = np.linspace(min(x), max(x), 5), np.linspace(ys.min(), ys.max(), 5)
+        columns, rows = np.linspace(left, right, 5), np.linspace(bottom, top, 5)
+        for column, row, x_tick, y_tick in zip(columns, rows, x_ticks, y_ticks, strict=True):
+            draw.line((left, row, right, row), "#dddddd")
+            draw.text((left - 6, row), f"{y_tick:.3g}", "black", font, anchor="rm")
+            draw.text((column, bottom + 6), f"{x_tick:.4g}", "black", font, anchor="mt")
+        draw.text(((left + right) / 2, bottom + 24), xlabel, "black", font, anchor="mt")
+        draw.text((left, top - 8), title, "black", font, anchor="lb")
+        for j, ((label, y), colour) in enumerate(zip(curves.items(), COLOURS)):
+            xy = np.interp(x, x_ticks, columns), np.interp(y, y_ticks, rows)
+            draw.line(list(zip(*xy, strict=True)), colour, 2, joint="curve")
+            draw.text((right - 130 * j, top - 8), label, colour, font, anchor="rb")
+    write_file(path, encoded(canvas))
+
+
+# ------------------------------------------------------------------------------------------------
+# What follows carries a run along. To adapt a script you need not read it: what a copy may rely on
+# stands in the README, "Your own variant".
 # ----------------------------------------------------------------------------------------- flags
 
 
@@ -161,8 +616,7 @@ class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, manual, prog=None):
-        layout = {"formatter_class": HelpLayout, "allow_abbrev": False}
-        super().__init__(prog, description=manual, **layout)
+        super().__init__(prog, description=manual, formatter_class=HelpLayout, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -181,22 +635,19 @@ def bounded(kind, low, high=math.inf):
     return convert
 
 
-AUGMENT = ("colour", "translation", "cutout")
-
-
 def augment_policy(text):
-    """An argparse type: a list out of AUGMENT, or "none", or "auto"."""
-    if text in ("auto", "none") or set(text.split(",")) <= set(AUGMENT):
+    """An argparse type: "need", "none", or a list out of KINDS."""
+    if text in ("need", "none") or set(text.split(",")) <= set(KINDS):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or some of {','.join(AUGMENT)}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not need, none or some of {','.join(KINDS)}")
 
 
-def run_parser(script, manual, epochs, batch_size, ema=0.999):
+def run_parser(script, manual, epochs, batch_size, ema=0.999, augment="none"):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
     parser = Parser(manual, Path(script).name)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
-    add("--dataset", choices=["glyphs", *ADDRESSES], help="instead of --path; glyphs: built in")
+    add("--dataset", choices=DATASETS, help="instead of --path; glyphs: drawn, needs no files")
     add("--data_dir", default="data", help="where MNIST and CIFAR-10 are, or are downloaded to")
     add("--label", type=bounded(int, 0, 9), nargs="+", help="train on these classes of them only")
     add("--image_size", type=bounded(int, 1, 1024), help="pixels of a side, after a centre crop")
@@ -205,16 +656,15 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
     add("--batch_size", type=bounded(int, 2), default=batch_size, help="real images for D")
     add("--ema", type=bounded(float, 0, 1), default=ema, help="decay of the averaged generator")
-    add("--augment", type=augment_policy, default="auto", help="DiffAugment, see AUGMENT in common")
+    add("--augment", type=augment_policy, default=augment, help="need, none, or a list of kinds")
     add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
-    add("--ngpu", type=bounded(int, 1), default=1, help="processes, one a GPU; or use torchrun")
     add("--compile", action=switch, default=False, help="torch.compile: slow start, faster steps")
-    add("--checkpoint", type=bounded(int, 1), default=10, help="epochs between snapshots of G")
-    add("--sample_every", type=bounded(int, 1), default=1, help="epochs between sample grids")
+    add("--checkpoint", type=bounded(int, 1), help="epochs between snapshots; default: 10 in all")
+    add("--sample_every", type=bounded(int, 1), help="epochs between grids; default: 100 in all")
     add("--out", help="the run's folder; default runs/<variant>-<data>")
-    add("--resume", nargs="?", const="newest", help="run to continue; alone: the newest")
+    add("--resume", nargs="?", const="newest", help="run to continue; alone: the newest in runs/")
     add("--config", help="a run's config.ini to repeat; flags typed beside it win")
     add("--cache", default=".cache", help="folder for the decoded images")
     add("--tensorboard", action=switch, default=False, help="log for TensorBoard too")
@@ -222,157 +672,168 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     return parser
 
 
+OF_A_START = ("out", "resume", "config", "summary", "typed", "fingerprint")
+MAY_CHANGE = ("epochs", "device", "precision", "compile", "checkpoint", "sample_every")
+MAY_CHANGE += ("tensorboard", "path", "data_dir", "cache")
+
+
 def settings_of(args):
-    """The settings of an experiment: every flag but those of one start of it."""
-    start = ("out", "resume", "config", "summary", "ngpu")
-    return {name: value for name, value in vars(args).items() if name not in start}
+    """The settings of an experiment, in plain types: every flag but those of one start of it."""
+    settings = {name: value for name, value in vars(args).items() if name not in OF_A_START}
+    return json.loads(json.dumps(settings, default=str))
 
 
-MAY_CHANGE = ["epochs", "device", "compile", "checkpoint", "sample_every", "tensorboard"]
-MAY_CHANGE += ["path", "data_dir", "cache"]
+def parse_flags(parser, argv, flags):
+    """Parse `argv`; behind what is typed there count `flags`, then those of --config or --resume.
 
-
-def parse_flags(parser, argv):
-    """Parse; the settings of --config or of the run to --resume go before what was typed."""
+    `args.typed` keeps the settings as they were typed, for before a script settles what is unset.
+    """
+    adopt(parser, flags)
     args = parser.parse_args(argv)
     if args.config:
-        settings = read_ini(args.config, parser)
+        settings = read_ini(args.config)
         if args.path or args.dataset:  # other data than in the file
             settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
-        args = parser.parse_args([*as_argv(settings), *argv])
+        try:
+            adopt(parser, settings | flags)
+        except UserError as error:
+            raise UserError(f"--config {args.config}: {error}") from None
+        args = parser.parse_args(argv)
+    args.typed, resume = settings_of(args), args.resume
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max_restarts
     if restarted and args.out and Path(args.out, "checkpoint.pt").exists():
-        args.resume, args.out, args.config = args.out, None, None
-    if args.resume:
-        if args.out or args.config:
-            raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
+        resume = args.out
+    elif resume and (args.out or args.config):
+        raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
+    if resume:
         script = Path(parser.prog).stem
-        folder = newest_run(script) if args.resume == "newest" else Path(args.resume)
+        folder = newest_run(script) if resume in (True, "newest") else Path(resume)
+        folder = folder.parent if folder.suffix == ".pt" else folder
         run = load_file(folder / "checkpoint.pt")
         if run["script"] != script:
             raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
-        args = parser.parse_args([*as_argv(run["config"]), *argv])
-        args.resume = folder
-        for name, value in run["config"].items():
-            if getattr(args, name, None) == "auto":  # as was settled then
-                setattr(args, name, value)
-            elif name not in MAY_CHANGE and getattr(args, name, None) != value:
-                raise UserError(f"--{name} is {value} in {folder} and cannot change on --resume")
+        known = settings_of(args)
+        typed = run["typed"] if isinstance(run.get("typed"), dict) else run["config"]
+        then = {name: value for name, value in run["config"].items() if name in known}
+        adopt(parser, then | {"precision": typed.get("precision", "auto")} | flags)
+        now = settings_of(args := parser.parse_args(argv))
+        changed = {name: now[name] for name in now if now[name] != then.get(name, now[name])}
+        for name in sorted(changed.keys() - set(MAY_CHANGE)):
+            raise UserError(f"--{name} is {then[name]} in {folder} and cannot change on --resume")
+        args.resume, args.typed = folder, typed | changed
+    elif args.path and args.out:
+        place = Path(args.out).resolve()
+        if Path(args.path).resolve() in (place, *place.parents):
+            raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
-    if args.label and args.dataset not in ADDRESSES:
-        raise UserError(
-            f"--label needs --dataset {' or '.join(ADDRESSES)}: other data has no classes"
-        )
     return args
 
 
-def settle_data_and_size(args):
-    """For networks of doubling stages: the glyphs where no data is named; a power of two pixels."""
-    if not args.path and not args.dataset:
-        args.dataset = "glyphs"
-        print("no --path: training on the built-in glyphs, 32 pixels")
-    args.image_size = args.image_size or (32 if args.dataset else 64)
-    if args.image_size not in (16, 32, 64, 128, 256):
-        raise UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
+def adopt(parser, settings):
+    """Make settings the parser's defaults; texts and numbers are checked as if they were typed."""
 
+    def checked(action, value):
+        if action.nargs == 0 and isinstance(value, str):  # a switch, written by hand
+            if value.lower() not in ("true", "false"):
+                raise argparse.ArgumentError(action, "write true or false")
+            return value.lower() == "true"
+        if action.nargs == 0 or value is True or value is None and action.default is None:
+            return value
+        converted = parser._get_value(action, str(value))
+        parser._check_value(action, converted)
+        return converted if isinstance(value, str) else value
 
-def as_argv(settings):
-    """Settings as typed flags: {"flip": True, "lrd": 0.1} -> ["--flip", "--lrd=0.1"]."""
-    argv = []
+    actions = {action.dest: action for action in parser._actions}
     for name, value in settings.items():
-        if isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv.append(f"--{name}={value}")
-    return argv
+        if name not in actions:
+            raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
+        action, several = actions[name], type(value) in (list, tuple) and actions[name].nargs
+        try:
+            value = [checked(action, v) for v in value] if several else checked(action, value)
+        except argparse.ArgumentError as error:
+            raise UserError(str(error)) from None
+        parser.set_defaults(**{name: value})
 
 
-def write_ini(path, section, settings):
-    """One setting a line, in JSON, whose quotes let any path survive."""
-    lines = [f"{name} = {json.dumps(value)}\n" for name, value in settings.items()]
-    with replacing(path) as temporary:
-        temporary.write_text(f"[{section}]\n{''.join(lines)}", encoding="utf-8")
-
-
-def read_ini(path, parser):
-    """The settings of an INI file; an unknown name or a wrong value is a UserError."""
-    ini = configparser.ConfigParser(interpolation=None, delimiters="=")
-    settings, known = {}, settings_of(parser.parse_args([]))
+def read_ini(path):
+    """The settings of an INI file: values in JSON, as Run writes them, or text."""
+    ini, settings = configparser.ConfigParser(interpolation=None), {}
+    ini.optionxform = str  # keeps capitals
     try:
-        ini.read_string(Path(path).read_text(encoding="utf-8"))
+        ini.read_string("[before any section]\n" + Path(path).read_text(encoding="utf-8"))
         for name, text in itertools.chain(*(ini[section].items() for section in ini.sections())):
-            if name not in known:
-                raise UserError(f"unknown setting {name!r} (known: {', '.join(known)})")
             settings[name] = text
-            with contextlib.suppress(json.JSONDecodeError):  # written by hand, without quotes
+            with contextlib.suppress(ValueError, RecursionError):  # written by hand
                 settings[name] = json.loads(text)
-        parser.parse_args(as_argv(settings))
     except (OSError, ValueError, configparser.Error) as error:
         raise UserError(f"--config {path}: {error}".partition("\n")[0]) from None
     return settings
 
 
-# ----------------------------------------------------------------------------- devices and ranks
+# --------------------------------------------------------------------------------------- devices
+
+RANK = int(os.environ.get("RANK", 0))  # this process among those that torchrun has started
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def choose_device(name):
-    """The torch.device of --device; "auto" prefers an accelerator."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception:  # each backend that is missing raises something else
-        raise UserError(f"--device {name} is not available here: try cpu") from None
+def setup(args):
+    """Choose device and precision (which goes back into `args`), seed; returns the device."""
+    device = choose_device(args.device)
+    join_ranks(device)
+    if args.batch_size % WORLD_SIZE:
+        raise UserError(f"--batch_size {args.batch_size} does not divide by {WORLD_SIZE} processes")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise UserError("--compile needs a C++ compiler: install g++ or clang++, or omit it")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),  # torch 2.10
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+    }  # fmt: skip
+    fast = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        if args.precision == "bf16" and not fast:
+            print("this GPU does not multiply in bf16: going on in fp32")
+            args.precision = "fp32"
+    if args.precision == "auto":
+        args.precision = "bf16" if fast else "fp32"
+    torch.manual_seed(mixed(args.seed, "init"))
     return device
 
 
-def rank():
-    """The number of this process among those that torchrun started; alone, 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes torchrun started; alone, 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start_ranks(script, get_args):
-    """With --ngpu N on the command line, torchrun runs this script N times and the process ends."""
-    if "RANK" in os.environ or not any(word.startswith("--ngpu") for word in sys.argv):
-        return
-    args = get_args(sys.argv[1:])  # what is wrong with the flags is said once, here
-    check_shares(args, args.ngpu)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.ngpu)))
+def choose_device(name):
+    """The torch.device of --device, index included; under torchrun a GPU for each process."""
+    device = torch.device("cpu")
     try:
-        torchrun(["--standalone", f"--nproc_per_node={args.ngpu}", str(script), *sys.argv[1:]])
-    except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
-    except SignalException:
-        sys.exit(130)
-    sys.exit()
+        if name != "auto":
+            device = torch.device(name)
+        elif found := torch.accelerator.current_accelerator(check_available=True):
+            device = found
+        elif torch.version.cuda or shutil.which("nvidia-smi"):
+            cpu_build = "this torch is built for CPUs: https://pytorch.org/get-started has others"
+            why = f"no driver that fits CUDA {torch.version.cuda}, see nvidia-smi"
+            print(f"WARNING: no GPU is used ({why if torch.version.cuda else cpu_build})")
+        if device.type == "cuda":
+            index = os.environ.get("LOCAL_RANK", device.index)
+            device = torch.device(
+                "cuda", torch.cuda.current_device() if index is None else int(index)
+            )
+            torch.cuda.set_device(device)  # before anything touches the first one
+        torch.zeros(1, device=device).item()
+    except Exception:  # each backend that is missing raises something else
+        raise UserError(
+            f"--device {name} is not available here: try cpu, or fewer processes"
+        ) from None
+    return device
 
 
-def check_shares(args, ranks):
-    if args.batch_size % ranks:
-        raise UserError(f"--batch_size {args.batch_size} does not divide by {ranks} processes")
-
-
-def join_ranks(name):
-    """The torch.device of --device; under torchrun one for each process, and they meet here."""
-    device = choose_device(name)
+def join_ranks(device):
+    """Under torchrun: meet the other processes; rank 0 speaks for all."""
     if "RANK" not in os.environ:
-        return device
-    if device.type == "cuda":
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= count:
-            raise UserError(f"more processes than GPUs: this machine has {count}")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
+        return
+    if device.type not in ("cuda", "cpu"):
         raise UserError(f"several processes work with cuda or --device cpu, not {device.type}")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -381,9 +842,8 @@ def join_ranks(name):
         # processes that torchrun starts again must not meet the traces of those before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, **patience)
-    if rank() > 0:  # rank 0 speaks for all
+    if RANK > 0:
         sys.stdout = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
-    return device
 
 
 def leave_ranks(code):
@@ -398,699 +858,218 @@ def leave_ranks(code):
 @contextlib.contextmanager
 def rank_0_first():
     """What is in the block happens on rank 0 before it does on the others."""
-    if rank() > 0:
+    if RANK > 0:
         dist.barrier()
     yield
-    if rank() == 0 and world_size() > 1:
+    if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
-
-
-def gather(tensor):
-    """The tensors of all ranks, in their order; alone, just this one."""
-    if world_size() == 1:
-        return [tensor]
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor)
-    return parts
 
 
 def rank_mean(tensor):
-    """Its mean over all ranks, the same bits on each."""
-    return tensor if world_size() == 1 else torch.stack(gather(tensor)).mean(0)
-
-
-def from_rank_0(make):
-    """What make() returns on rank 0, where alone it is called, for all."""
-    box = [make() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def on_any_rank(*flags):
-    """Whether each flag is set on any rank; a CPU matter, that waits for no GPU."""
-    if world_size() == 1:
-        return flags
-    flags = torch.tensor(flags, dtype=torch.uint8)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.bool().tolist()
+    """Its mean over all ranks, the same bits on each; alone, the tensor itself."""
+    if WORLD_SIZE > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        tensor /= WORLD_SIZE
+    return tensor
 
 
 def sync_grads(net):
     """Average the gradients of a network over all ranks; alone, nothing happens."""
-    if world_size() == 1:
-        return
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    parts = flat.div_(world_size()).split([grad.numel() for grad in grads])
-    for grad, part in zip(grads, parts):
-        grad.copy_(part.view(grad.shape))
+    if WORLD_SIZE > 1:
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        parts = rank_mean(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, parts.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
 
 
-def drawn(draw, n, *shape, device=None):
-    """n rows of torch.rand or torch.randn: this rank's, out of those drawn for the whole batch.
-
-    So a batch gets the same numbers whatever the number of ranks.
-    """
-    whole = draw(n * world_size(), *shape, device=device)
-    return whole[rank() * n : (rank() + 1) * n]
+# ----------------------------------------------------------------------------------------- files
 
 
-def setup(args):
-    """Choose device and precision (which goes back into `args`), seed; returns the device."""
-    device = join_ranks(args.device)
-    check_shares(args, world_size())
-    if args.ngpu > 1 and world_size() == 1:
-        raise UserError("ngpu is for the command line: start your own script with torchrun")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    if args.precision == "auto":  # bf16 where the hardware multiplies in it
-        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if fast else "fp32"
-    torch.manual_seed(mixed(args.seed, "init"))
-    return device
+class UserError(ValueError):
+    """Something the user can mend; the message says how. Command lines print it and exit with 2."""
 
 
-def mixed(*key):
-    """One 63-bit seed out of several numbers and words, so that their streams are independent."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
-
-
-# ---------------------------------------------------------------------------------------- images
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def load_data(args):
-    """The images that the flags name, uint8 (N, H, W, C); settles --augment auto."""
-    if args.path:
-        with rank_0_first():
-            images = load_images(args.path, args.image_size, args.channels, args.cache)
-    elif args.dataset in ADDRESSES:
-        with rank_0_first():
-            images, labels = read_dataset(args.dataset, args.data_dir)
-        images = images[np.isin(labels, args.label)] if args.label else images
-        images = resized(images, args.image_size, args.channels)
-    else:
-        images = draw_glyphs(args.image_size, channels=1 if args.channels == "1" else 3)
-    if args.augment == "auto":
-        args.augment = ",".join(AUGMENT) if len(images) < 5000 else "none"
-    advise(len(images), args)
-    return images
-
-
-def advise(n, args):
-    """Say what n images call for. The numbers are those seen on cats at 64 pixels."""
-    if n * args.epochs < 60_000:
-        print(
-            f"advice: this shows D {n * args.epochs:,} images; cats at 64 pixels had faces after "
-            f"60,000 and whiskers after 300,000, which is --epochs {math.ceil(300_000 / n)} here"
-        )
-    if n < 1000:
-        mirror = "" if args.flip else "--flip if their mirror images look natural; "
-        augment = "" if args.augment != "none" else "--augment " + ",".join(AUGMENT) + "; "
-        print(
-            f"advice: {n} images are few: {mirror}{augment}generate.py --nearest tells afterwards "
-            "whether the samples are copies"
-        )
-
-
-def load_images(path, image_size, channels="auto", cache=".cache"):
-    """Decode a folder or .zip once; returns a memory-mapped uint8 (N, H, W, C) array.
-
-    Images are cropped to their central square and resized to `image_size`. `channels` is "1", "3"
-    or "auto": 1 if all files are grey. The result stays in `cache` while files and settings stay
-    the same. Undecodable files are skipped and listed; UserError if nothing is left.
-    """
-    path = Path(path)
-    files, open_image = image_files(path)
-    key = hashlib.sha256(repr((2, files, image_size, channels)).encode()).hexdigest()[:12]
-    cached = Path(cache, f"{path.resolve().stem}-{image_size}px-{key}.npy")
-    images = open_cached(cached)
-    if images is None:
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            decode_all([name for name, *_ in files], open_image, image_size, channels, cached)
-        except (OSError, UserError) as error:
-            raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        images = open_cached(cached)
-    listed = f"listed with the reasons in {cached.with_suffix('.txt')}"
-    if not len(images):
-        raise UserError(f"none of the {len(files)} images in {path} can be decoded, {listed}")
-    if skipped := len(files) - len(images):
-        print(f"{skipped:,} of {len(files):,} files cannot be decoded and are skipped, {listed}")
-    with contextlib.suppress(OSError), cached.with_suffix(".txt").open(encoding="utf-8") as notes:
-        print(next(notes), end="")
-    megabytes = f"{images.nbytes / 1e6:,.0f} MB in {cached}"
-    print(f"{len(images):,} images of {path}, {images.shape[1:]} each, {megabytes}", flush=True)
-    return images
-
-
-def image_files(path):
-    """The images of a folder or .zip, sorted, as (name, size, time or checksum), and an opener."""
-    if path.is_dir():
-        files = []
-        for folder, subfolders, names in os.walk(path):
-            if "checkpoint.pt" in names:  # a run: its sample grids are no data
-                names = subfolders[:] = []
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            for file in (os.path.join(folder, name) for name in names if name[0] != "."):
-                if file.lower().endswith(ENDINGS):
-                    try:
-                        stat = os.stat(file)
-                    except OSError:  # a broken link
-                        stat = os.lstat(file)
-                    files.append((file, stat.st_size, stat.st_mtime_ns))
-        open_image = functools.partial(open, mode="rb")
-    elif zipfile.is_zipfile(path):
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path} is a damaged .zip ({error})") from None
-        files = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
-        files = [file for file in files if file[0].lower().endswith(ENDINGS)]
-        open_image = lambda name: io.BytesIO(archive.read(name))
-    else:
-        state = "is neither a folder nor a .zip" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}: pass a folder or .zip of images")
-    if not files:
-        searched = f"{' '.join(ENDINGS)}, also in subfolders that are no run"
-        raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
-    return sorted(files), open_image
-
-
-def open_cached(path):
-    """The array in a cache file; None if there is none or it is not as it was written."""
+@contextlib.contextmanager
+def exit_codes():
+    """Turn what the user can mend into one line and exit code 2, and a stop into exit code 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
-        images = np.load(path, mmap_mode="r")
-        with open(path, "rb") as file:
-            file.seek(-4, os.SEEK_END)
-            return images if int.from_bytes(file.read(), "big") == checksum(images) else None
-    except (OSError, ValueError, EOFError):
-        return None
+        yield
+        leave_ranks(0)
+    except KeyboardInterrupt:
+        leave_ranks(130)
+        sys.exit(130)
+    except Exception as error:
+        message = str(error)
+        no_memory = ("out of memory", "allocate memory", "alloc_failed")
+        if isinstance(error, MemoryError) or any(text in message.lower() for text in no_memory):
+            message = "out of memory: lower --batch_size, --width or --image_size"
+        elif dist.is_initialized() and "by peer" in message:  # connection closed, reset
+            message = "another process has ended: its error is the reason"
+        elif not isinstance(error, (UserError, OSError)):
+            raise
+        line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
 
 
-CRC_BLOCK = 512  # images
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path` that takes its place once it is safely on disk.
 
-
-def checksum(images):
-    """One CRC over those of blocks of images, so that all cores can work on it."""
-    parts = (images[i : i + CRC_BLOCK] for i in range(0, len(images), CRC_BLOCK))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return zlib.crc32(np.array([*pool.map(zlib.crc32, parts)], ">u4"))
-
-
-def decode_all(names, open_image, image_size, channels, cached):
-    """Decode files in threads, in order, into the .npy `cached`; a report goes into a .txt.
-
-    Its first line tells what the files are like, the others which failed and why. Four bytes of
-    checksum follow the array: numpy does not mind, open_cached checks them.
+    Whatever interrupts the block, `path` holds its old content or the new one, never a part.
     """
-
-    def attempt(work, name):
-        try:
-            with open_image(name) as file:
-                return work(file), None
-        except Exception as error:  # decoders raise anything at all on damaged files
-            return None, f"{name}: {str(error) or type(error).__name__}\n"
-
-    def write_header():  # padded by numpy for any first axis, so that it can be written again
-        shape = (count, image_size, image_size, channels)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    if channels == "auto":
-        modes = (attempt(lambda file: Image.open(file).mode, name)[0] for name in names)
-        channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
-    channels = int(channels)
-    count, transparent, checksums, errors, line = 0, 0, [], [], ProgressLine()
-    kinds, sides, contents = collections.Counter(), [], set()
-
-    def work(file):
-        image = Image.open(file)
-        mode, side = image.mode, min(image.size)
-        pixels, has_alpha = decode(image, image_size, channels)
-        return pixels, has_alpha, mode, side, hashlib.sha256(pixels).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, replacing(cached) as temporary:
-        with temporary.open("wb") as file:
-            write_header()
-            for part in (names[i : i + 512] for i in range(0, len(names), 512)):
-                for result, error in pool.map(functools.partial(attempt, work), part):
-                    if error:
-                        errors.append(error)
-                        continue
-                    pixels, has_alpha, mode, side, content = result
-                    kinds[mode] += 1
-                    sides.append(side)
-                    contents.add(content)
-                    file.write(pixels)
-                    checksums += [0] * (count % CRC_BLOCK == 0)  # as checksum() has them
-                    checksums[-1] = zlib.crc32(pixels, checksums[-1])
-                    count, transparent = count + 1, transparent + has_alpha
-                done = count + len(errors)
-                line.show(f"decoding: {done:,} of {len(names):,}", last=done == len(names))
-            file.write(zlib.crc32(np.array(checksums, ">u4")).to_bytes(4, "big"))
-            file.seek(0)
-            write_header()
-        about = describe(image_size, kinds, sides, transparent, count - len(contents))
-        notes = "".join([about, *errors]).encode("utf-8", "backslashreplace")  # odd file names
-        cached.with_suffix(".txt").write_bytes(notes)
-
-
-def describe(image_size, modes, sides, transparent, duplicates):
-    """A line on decoded files: Pillow's modes, shorter sides in pixels, and what to look into."""
-    if not sides:
-        return "files: none\n"
-    kinds = ", ".join(f"{n:,} {mode}" for mode, n in modes.most_common())
-    line = f"files: {kinds}; shorter sides {min(sides)} to {max(sides)} pixels"
-    small = sum(side < image_size for side in sides)
-    for n, what in (
-        (small, f"smaller than --image_size {image_size}"),
-        (duplicates, "exact duplicates"),
-        (transparent, "with transparency, laid on white"),
-    ):
-        line += f"; {n:,} {what}" if n else ""
-    return line + "\n"
-
-
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
-
-
-def decode(file, image_size=None, channels=3):
-    """Decode an image file; returns uint8 (H, W, channels) and whether it was transparent.
-
-    The file may also be an image that Pillow has just opened. EXIF orientation is applied, 16-bit
-    grey is scaled, transparency is laid on white, of an animation the first frame counts. With
-    `image_size`: its central square, resized.
-    """
-    image = file if isinstance(file, Image.Image) else Image.open(file)
-    if image_size:
-        image.draft(None, (2 * image_size, 2 * image_size))  # JPEG: decode photographs small
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-        values = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    transparent = image.has_transparency_data
-    if transparent:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image_size:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image).reshape(image.height, image.width, channels)
-    return pixels, transparent
-
-
-ADDRESSES = {
-    "mnist": (
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ),
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
-}
-MNIST = {  # IDX files: header (type, then the sizes of the axes), sha256 of the whole
-    "train-images-idx3-ubyte": (
-        "000008030000ea600000001c0000001c",
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    ),
-    "train-labels-idx1-ubyte": (
-        "000008010000ea60",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    ),
-}
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the .tar.gz
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError)
-
-
-def read_dataset(name, data_dir):
-    """The training split of "mnist" or "cifar10": uint8 images (N, H, W, C) and labels (N,).
-
-    Read from `data_dir`, downloaded into it if nothing is there. Files that are there are checked
-    for size and layout, downloads for their checksum; UserError if that fails.
-    """
-    folder = Path(data_dir)
-    if name == "mnist":
-        pixels, labels = (find_or_fetch(name, folder, f"{file}.gz", read_mnist) for file in MNIST)
-        return pixels.reshape(-1, 28, 28, 1), labels
-    records = find_or_fetch(name, folder, "cifar-10-binary.tar.gz", read_cifar10).reshape(-1, 3073)
-    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
-
-
-def find_or_fetch(dataset, folder, name, read):
-    """Content of the file `name` in one of its usual places below `folder`, or downloaded."""
-    plain = name.removesuffix(".gz")
-    places = [name, plain, f"MNIST/raw/{name}", f"MNIST/raw/{plain}"]
-    if dataset == "cifar10":
-        places = [name, "cifar-10-batches-bin"]
-    for path in (folder / place for place in places):
-        if path.exists():
-            try:
-                return read(path)
-            except UNREADABLE as error:
-                raise UserError(f"{path} is no {plain} ({error}): remove it") from None
-    failures = []
-    for address in ADDRESSES[dataset]:
-        try:
-            download(address + name, folder / name, functools.partial(read, verify=True))
-            return read(folder / name)
-        except (HTTPException, *UNREADABLE) as error:
-            failures.append(f"{address}{name}: {error or type(error).__name__}")
-    raise UserError(f"no {name} in {folder}, and no download ({'; '.join(failures)}): put it there")
-
-
-def download(url, path, check):
-    """Fetch a file, with progress; it takes its name only once it is complete and checked."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line, done = ProgressLine(), 0
-    with urllib.request.urlopen(url, timeout=30) as response, replacing(path) as part:
-        total = int(response.headers.get("Content-Length", 0))
-        with part.open("wb") as file:
-            while block := response.read(1 << 16):
-                done += file.write(block)
-                line.show(f"{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB", last=done == total)
-        if done < total:
-            raise EOFError(f"only {done:,} of {total:,} bytes came")
-        check(part)
-
-
-def read_mnist(path, verify=False):
-    """The values of an IDX file, plain or gzipped."""
-    name = next(file for file in MNIST if file in path.name)
-    header, sha256 = bytes.fromhex(MNIST[name][0]), MNIST[name][1]
-    size = len(header) + math.prod(np.frombuffer(header, ">i4")[1:].tolist())
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if is_gzip else open)(path, "rb") as file:
-        content = file.read(size + 1)  # a byte more would not be MNIST
-    if len(content) != size or not content.startswith(header):
-        raise ValueError("wrong size or header")
-    if verify and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError("wrong checksum")
-    return np.frombuffer(content, np.uint8)[len(header) :]
-
-
-def read_cifar10(path, verify=False):
-    """The records of the five training batches, from the .tar.gz or the folder it unpacks to."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    if verify and hashlib.md5(path.read_bytes()).hexdigest() != CIFAR10_MD5:
-        raise ValueError("wrong checksum")
-    if path.is_dir():
-        batches = [(path / name).read_bytes() for name in names]
-    else:
-        with tarfile.open(path) as archive:  # read, never unpacked
-            members = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
-            batches = [member.read(30_730_001) for member in members]
-    records = np.frombuffer(b"".join(batches), np.uint8)
-    if any(len(batch) != 10_000 * 3073 for batch in batches) or records[::3073].max() > 9:
-        raise ValueError("wrong size or labels")
-    return records
-
-
-def resized(images, image_size, channels):
-    """uint8 (N, H, W, C) at another size, and in grey or colour where asked for."""
-    mode, size = {"auto": None, "1": "L", "3": "RGB"}[channels], (image_size, image_size)
-    if images.shape[1] == image_size and not mode:
-        return images
-    pictures = (to_picture(row).resize(size, Image.Resampling.BICUBIC) for row in images)
-    rows = [np.asarray(picture.convert(mode) if mode else picture) for picture in pictures]
-    return np.stack(rows).reshape(len(images), *size, -1)
-
-
-GLYPHS = "ABEHKSTX2345"  # few and unlike: a small network learns them in minutes
-
-
-def draw_glyphs(image_size, channels=3, n=4800, seed=0):
-    """n coloured characters in Pillow's own font, uint8 (n, image_size, image_size, channels)."""
-    rng = np.random.default_rng(seed)
-    side = 3 * image_size  # drawn large, turned, then reduced: smooth edges
-    fonts = [ImageFont.load_default(side * share) for share in (0.7, 0.8, 0.9)]
-    images = []
-    for _ in range(n):
-        mask, place = Image.new("L", (side, side)), side * rng.uniform(0.45, 0.55, 2)
-        font, glyph = fonts[rng.integers(3)], GLYPHS[rng.integers(len(GLYPHS))]
-        style = {"font": font, "anchor": "mm", "stroke_width": side // 40}
-        ImageDraw.Draw(mask).text(tuple(place), glyph, 255, **style)
-        mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
-        mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
-        hue = rng.integers(360)
-        image = Image.new("RGB", mask.size, f"hsl({hue}, 60%, 85%)")
-        image.paste(f"hsl({hue + rng.integers(60, 300)}, 80%, 30%)", mask=mask)
-        images.append(np.asarray(image.convert("L" if channels == 1 else "RGB")))
-    return np.stack(images).reshape(n, image_size, image_size, channels)
-
-
-# -------------------------------------------------------------------------------------- networks
-
-
-def prepare(net, device, args):
-    """Place a network: channels_last; its forward pass in bf16 or compiled, where asked for.
-
-    Parameters stay float32. Outside the forward pass, so in the losses, nothing is in bf16.
-    """
-    net.to(device, memory_format=torch.channels_last)
-    if args.precision == "bf16":
-        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
-    if args.compile:
-        net.compile()
-    return net
-
-
-def init_weights(net, init="normal"):
-    """Weights from N(0, 0.02), BatchNorm's from N(1, 0.02) (Radford et al., 2015), or Xavier's."""
-    for module in net.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            if init == "normal":
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and init == "normal":
-            nn.init.normal_(module.weight, 1.0, 0.02)
-
-
-def update_ema(G_ema, G, step, decay):
-    """Move the averaged generator towards G, faster in the first steps; `step` counts from 0."""
-    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    average(list(G_ema.parameters()), list(G.parameters()), step)
-
-
-def refresh_batchnorm(G_ema, z, generator, device="cpu"):
-    """Estimate the BatchNorm statistics of averaged weights anew: no copy of G's would fit them."""
-    update_bn([draw_z(z, CHUNK, generator=generator) for _ in range(8)], G_ema, device)
-
-
-def draw_z(z, n, device="cpu", generator=None):
-    """n latents (n, dim); `z` says how: {"dim": 100, "distribution": "normal" or "uniform"}."""
-    draw = torch.rand if z["distribution"] == "uniform" else torch.randn
-    noise = draw(n, z["dim"], device=device, generator=generator)
-    return noise * 2 - 1 if z["distribution"] == "uniform" else noise
-
-
-def latents(z, seed, numbers):
-    """The latents of the images with these numbers, each from (seed, number) alone; on the CPU."""
-    source = torch.Generator()
-    seeds = [mixed(seed, "image", number) for number in numbers]
-    return torch.cat([draw_z(z, 1, generator=source.manual_seed(seed)) for seed in seeds])
-
-
-CHUNK = 64  # images generated at once; always as many, since rounding may depend on it
-
-
-@torch.no_grad()
-def generate(G, latents):
-    """Images uint8 (n, H, W, C) of latents (n, z_dim); each the same whatever is beside it."""
-    device = next(G.parameters()).device
-    images = []
-    for z in latents.split(CHUNK):
-        padded = F.pad(z, (0, 0, 0, CHUNK - len(z)))
-        images.append(to_uint8(G(padded.to(device))[: len(z)]))
-    return np.concatenate(images)
-
-
-def augment(images, policy):
-    """DiffAugment (Zhao et al., 2020, arXiv:2006.10738) of (N, C, H, W), see AUGMENT."""
-
-    if policy == "none":
-        return images
-
-    def rand(*shape):
-        return drawn(torch.rand, len(images), *shape, device=images.device)
-
-    height, width = images.shape[2:]
-    rows = torch.arange(height, device=images.device)[:, None]
-    columns = torch.arange(width, device=images.device)
-    if "colour" in policy:
-        images = images + rand(1, 1, 1) - 0.5  # brightness
-        grey = images.mean(1, keepdim=True)
-        images = (images - grey) * (2 * rand(1, 1, 1)) + grey  # saturation
-        mean = images.mean((1, 2, 3), keepdim=True)
-        images = (images - mean) * (rand(1, 1, 1) + 0.5) + mean  # contrast
-    if "translation" in policy:  # by up to 1/8; products with shifted identities bring in zeros
-        down = ((rand(1, 1) * 2 - 1) * height / 8).round()
-        right = ((rand(1, 1) * 2 - 1) * width / 8).round()
-        move_rows = (rows - rows.T == down).to(images.dtype)  # (N, H, H)
-        move_columns = (columns - columns[:, None] == right).to(images.dtype)  # (N, W, W)
-        images = move_rows[:, None] @ images @ move_columns[:, None]
-    if "cutout" in policy:  # a square hole of half the side, centred anywhere
-        top, left = rand(1, 1) * height, rand(1, 1) * width
-        hole = ((rows - top).abs() < height / 4) & ((columns - left).abs() < width / 4)
-        images = images * ~hole[:, None]  # (N, 1, H, W)
-    return images
-
-
-def summary(net, *inputs):
-    """A table of the layers of `net`: their types, output shapes and numbers of parameters."""
-    lines = [type(net).__name__]
-
-    def note(module, _, output, name):
-        count = sum(p.numel() for p in module.parameters())
-        layer = f"{name} {type(module).__name__}"
-        lines.append(f"  {layer:<30}{tuple(output.shape)!s:<22}{count:>12,}")
-
-    leaves = [(name, module) for name, module in net.named_modules() if not list(module.children())]
-    hooks = [m.register_forward_hook(functools.partial(note, name=name)) for name, m in leaves]
-    with torch.no_grad():
-        net(*inputs)
-    for hook in hooks:
-        hook.remove()
-    total = sum(p.numel() for p in net.parameters())
-    return "\n".join([*lines, f"  {'parameters':<52}{total:>12,}"])
-
-
-# -------------------------------------------------------------------------------------- pictures
-
-
-def to_uint8(images):
-    """(N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array."""
-    pixels = images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_picture(pixels):
-    """uint8 (H, W, C) -> Pillow image."""
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def diversity(images):
-    """How much images (N, H, W, C) differ: the standard deviation of a pixel, in grey levels."""
-    return images.astype(np.float32).std(0).mean()
-
-
-def save_picture(image, path, kind="PNG", **options):
-    """Save a Pillow image; encoded in memory first: Pillow's writing hides that a disk is full."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.urandom(6).hex()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left for {path}: what was there is unchanged") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """Write bytes, as a whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(content)
 
 
-def save_grid(images, path, columns=None, gap=2):
-    """Save uint8 (n, H, W, C) as one PNG, row by row; by default as wide as high."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    missing = -len(images) % columns
-    images = np.pad(images, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    n, height, width, channels = images.shape
-    grid = images.reshape(n // columns, columns, height, width, channels).swapaxes(1, 2)
-    grid = grid.reshape(n // columns * height, columns * width, channels)
-    grid = np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
-    save_picture(to_picture(grid), path)
+def check_plain(content, name):
+    """ValueError, with the culprit's name, unless `content` can be saved and loaded again: plain
+    types, and tensors that hold as many numbers as they show."""
+    if isinstance(content, torch.Tensor):
+        if content.numel() * content.itemsize > content.untyped_storage().nbytes():
+            raise ValueError(f"{name} shows more numbers than it holds")
+    elif isinstance(content, dict | list | tuple):
+        for key, part in content.items() if isinstance(content, dict) else enumerate(content):
+            check_plain(part, f"{name}[{key!r}]" if name else key)
+    elif type(content) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"{name} is of type {type(content).__name__}, not a tensor or a plain one")
 
 
-def save_gif(frames, path):
-    """Save Pillow images as an animation of about 10 s."""
-    frames = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
-    times = [max(40, 10_000 // len(frames))] * (len(frames) - 1) + [2000]  # ms; rests on the last
-    options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-    save_picture(frames[0], path, "GIF", **options)
+def save_file(content, path):
+    """Write a dict of tensors and plain types; UserError for anything else in it."""
+    try:
+        check_plain(content, "")
+    except ValueError as error:
+        raise UserError(f"cannot save {path}: {error}") from None
+    buffer = io.BytesIO()  # torch.save into a file hides that a disk is full
+    torch.save(content, buffer)
+    write_file(path, buffer.getbuffer())
 
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+PARTS = {"script": str, "generator_args": dict, "z": dict, "config": dict, "G_ema": dict}
 
 
-def save_curves(panels, path, xlabel, width=900, height=300):
-    """Draw line charts one below the other: panels is [(title, x, {label: y, ...}), ...]."""
-    canvas = Image.new("RGB", (width, height * len(panels)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for i, (title, x, curves) in enumerate(panels):
-        left, top, right, bottom = 70, i * height + 40, width - 20, (i + 1) * height - 45
-        ys = np.array(list(curves.values()))
-        x_ticks, y_ticks = np.linspace(min(x), max(x), 5), np.linspace(ys.min(), ys.max(), 5)
-        columns, rows = np.linspace(left, right, 5), np.linspace(bottom, top, 5)
-        for column, row, x_tick, y_tick in zip(columns, rows, x_ticks, y_ticks, strict=True):
-            draw.line((left, row, right, row), "#dddddd")
-            draw.text((left - 6, row), f"{y_tick:.3g}", "black", font, anchor="rm")
-            draw.text((column, bottom + 6), f"{x_tick:.4g}", "black", font, anchor="mt")
-        draw.text(((left + right) / 2, bottom + 24), xlabel, "black", font, anchor="mt")
-        draw.text((left, top - 8), title, "black", font, anchor="lb")
-        for j, (label, y) in enumerate(curves.items()):
-            xy = np.interp(x, x_ticks, columns), np.interp(y, y_ticks, rows)
-            draw.line(list(zip(*xy, strict=True)), COLOURS[j], 2, joint="curve")
-            draw.text((right - 130 * j, top - 8), label, COLOURS[j], font, anchor="rb")
-    save_picture(canvas, path)
+def load_file(path):
+    """Read a checkpoint or snapshot onto the CPU: tensors and plain types, never objects."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: no member is larger
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("it claims to hold more than it does")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_plain(content, "")
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles on
+        reason = str(error).partition("\n")[0][:100]
+        raise UserError(f"{path} is damaged or no file of these scripts ({reason})") from None
+    fits = lambda name: isinstance(content.get(name), PARTS[name])
+    if not isinstance(content, dict) or not all(map(fits, PARTS)):
+        raise UserError(f"{path} is neither a checkpoint nor a snapshot")
+    return content
 
+
+def newest_run(script=""):
+    """The folder in runs/ whose checkpoint was written last, of this script where one is named."""
+    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
+    head = lambda ini: ini.read_text(errors="replace") if ini.exists() else ""
+    runs = [run for run in runs if not script or f"[{script}]" in head(run / "config.ini")]
+    if not runs:
+        kind = f"of {script}.py " if script else ""
+        raise UserError(f"there is no run {kind}in runs/: train one first, or name its folder")
+    newest = max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
+    print(f"{newest} is the newest run in runs/")
+    return newest
+
+
+def by_epoch(paths):
+    """Files such as epoch_0050.png in order; from epoch 10,000 on their names are longer."""
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+
+def progress(text, last=False):
+    """A line rewritten in place on a terminal; elsewhere a plain line every 15 seconds."""
+    if sys.stdout.isatty():
+        width = os.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{text[:width]}", end="\n" if last else "", flush=True)
+    elif last or time.monotonic() > progress.shown + 15:
+        progress.shown = time.monotonic()
+        print(text, flush=True)
+
+
+progress.shown = -math.inf
 
 # ------------------------------------------------------------------------------------------- run
 
 COLUMNS = ["step", "epoch", "kimg", "seconds"]
 COLUMNS += ["loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "images_per_s"]
+PATIENCE = 1000  # steps before it is said that a network has won or collapsed
 ROWS_PER_EPOCH = 20  # of metrics.csv, each the mean over the steps since the last
+GRIDS, SNAPSHOTS = 100, 10  # in a run, about, where --sample_every and --checkpoint are unset
+LATEST = 60  # seconds between two samples/latest.png
 SAVE_AFTER = 600  # seconds between checkpoints within an epoch
 REST = 30  # seconds: ends of epochs that follow the last checkpoint faster write none
-WON = 0.1  # a loss of D below this for PATIENCE steps: G has nothing left to learn from
-ALIKE = 0.4  # of the diversity of real images; healthy runs show 0.8 and more
-PATIENCE = 1000  # steps before either is said
-
-
-def tensorboard_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter
 
 
 class Run:
-    """A training run: its folder, its batches, and all that is written while it goes on.
+    """A training run, from start to end:
 
-    `z` says how latents are drawn (see draw_z); `state` holds G, D, G_ema, opt_d and opt_g. With
-    --resume their content is loaded here.
+    start        config.ini, samples/real.png, samples/epoch_0000.png, checkpoint.pt
+    step         batches() seeds torch and yields the real images; end_step(stats) counts it
+    20 an epoch  a row of metrics.csv and the line of progress; a loss that is NaN stops the run
+    minute       samples/latest.png
+    epoch        checkpoint.pt, but not within 30 s; samples/epoch_*.png, generator_*.pt where due
+    10 minutes   checkpoint.pt
+    Ctrl-C       the step ends, then checkpoint.pt, training.gif, losses.png, exit code 130
+    end          checkpoint.pt, samples, generator_*.pt, training.gif, losses.png
+
+    Only rank 0 writes. `latent` says how G's inputs are drawn, see draw_latents. `state` holds G,
+    D, G_ema, the optimisers and whatever else has a state_dict; --resume loads it here. G_ema can
+    be used at any time: its BatchNorm statistics are made when it is called.
     """
 
-    def __init__(self, args, script, images, device, generator_args, z, **state):
+    def __init__(self, args, script, images, device, generator_args, latent, k=1, **state):
         self.args, self.script, self.images, self.device = args, Path(script).stem, images, device
-        self.generator_args, self.z, self.state = generator_args, z, state
-        self.k, ranks = getattr(args, "k", 1), world_size()
-        batch_size = min(args.batch_size, len(images) // self.k // ranks * ranks)
-        if batch_size < 2 * ranks:
-            need = f"{2 * self.k * ranks} (2 * k" + f" * {ranks} processes" * (ranks > 1)
+        self.generator_args, self.latent, self.k, self.state = generator_args, latent, k, state
+        batch_size = min(args.batch_size, len(images) // k // WORLD_SIZE * WORLD_SIZE)
+        if batch_size < 2 * WORLD_SIZE:
+            need = f"{2 * k * WORLD_SIZE} (2 * k" + f" * {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
             raise UserError(f"{len(images)} images are too few: a step needs {need})")
         if batch_size < args.batch_size:
             print(f"batches of {batch_size}: there are only {len(images)} images")
-        self.images_per_step = self.k * batch_size
+        self.images_per_step = k * batch_size
         self.steps_per_epoch = len(images) // self.images_per_step
         self.steps = args.epochs * self.steps_per_epoch
         self.step, self.seconds, self.pending = 0, 0.0, []
         self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
-        self.order, self.fresh_step, self.line = (None, None), None, ProgressLine()
+        self.ordered = self.refreshed = self.columns = None
+        self.writer = tensorboard_writer() if args.tensorboard and RANK == 0 else None
         self.won_steps, self.warned = 0, set()
-        writer = tensorboard_writer() if args.tensorboard and rank() == 0 else None
-        self.folder = args.resume or from_rank_0(self.new_folder)
+        folder = [self.new_folder() if RANK == 0 and not args.resume else None]
+        if WORLD_SIZE > 1:
+            dist.broadcast_object_list(folder)
+        self.folder = args.resume or folder[0]
+        self.lock = lock_folder(self.folder) if RANK == 0 else contextlib.nullcontext()
         if args.resume:
             self.restore()
-        if rank() == 0:
-            (self.folder / "samples").mkdir(exist_ok=True)
-            write_ini(self.folder / "config.ini", self.script, settings_of(args))
-        self.writer = writer and writer(self.folder, purge_step=self.step + 1)
-
-    @functools.cached_property
-    def real_diversity(self):
-        return diversity(self.shown_real())
+        state["G_ema"].register_forward_pre_hook(lambda *_: self.refresh_batchnorm())
 
     @property
     def epoch(self):
@@ -1099,272 +1078,296 @@ class Run:
     def batches(self):
         """Yield each step's real images, (k * batch_size, C, H, W) in [-1, 1], until the end.
 
-        Of several ranks each gets its share of every batch.
-        Everything random in a step follows from (seed, step): torch is seeded anew before each.
-        Ctrl-C and SIGTERM let the step end, save, and raise KeyboardInterrupt.
+        Of several ranks each gets its share. self.indices, on the device, are the images' numbers
+        in load_data's order. Everything random in a step follows from (seed, step). After Ctrl-C
+        or SIGTERM it raises KeyboardInterrupt.
         """
-        self.announce()
+        again = f"python {self.script}.py --resume {shlex.quote(str(self.folder))}"
         handlers = {}
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, self.stop)
         try:
-            if self.step == 0:
-                if rank() == 0:
-                    save_grid(self.shown_real(), self.folder / "samples/real.png")
-                    self.sample()
-                self.save()
-            yield from self.remaining_steps()
-            if rank() == 0:
-                self.draw()
+            with self.lock:
+                if self.step >= self.steps:
+                    state = f"{self.folder} has reached epoch {self.epoch} of {self.args.epochs}"
+                    more = self.epoch + self.args.epochs
+                    return print(f"{state}: nothing to do. To go on: {again} --epochs {more}")
+                images = self.start()
+                while self.step < self.steps and not self.stopping:
+                    yield self.next_batch(images)
+                if RANK == 0:
+                    self.draw()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stopping:
-            ranks = f" --ngpu {world_size()}" * (world_size() > 1)
-            print(f"\nstopped; to go on: python {self.script}.py --resume {self.folder}{ranks}")
+            print(f"stopped; to go on: {again}", flush=True)
             raise KeyboardInterrupt
-
-    def remaining_steps(self):
-        images, device, ahead, coming = self.images, self.device, None, None
-        if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
-            images = torch.from_numpy(np.array(images)).to(device)
-        elif device.type == "cuda":
-            ahead = ThreadPoolExecutor(1)  # reads the next batch while the GPU works on this one
-        self.started = self.marked = self.saved = time.monotonic()
-        self.first_step = self.marked_step = self.step
-        while self.step < self.steps and not self.stopping:
-            real = coming.result() if coming else self.fetch(images, self.step)
-            coming = ahead and ahead.submit(self.fetch, images, self.step + 1)
-            torch.manual_seed(mixed(self.args.seed, "step", self.step))
-            real = real.to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
-            real = real.float().div_(127.5).sub_(1)
-            if self.args.flip:
-                one = (len(real) // self.k, 1, 1, 1)  # of the k batches
-                draws = [drawn(torch.rand, *one, device=device) for _ in range(self.k)]
-                real = torch.where(torch.cat(draws) < 0.5, real.flip(3), real)
-            yield real
-
-    def fetch(self, images, step):
-        """This rank's images (N, H, W, C) of a step, uint8; in an epoch each at most once."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        if epoch != self.order[0]:
-            order = np.random.default_rng((self.args.seed, epoch)).permutation(len(images))
-            on_device = isinstance(images, torch.Tensor)
-            self.order = epoch, torch.from_numpy(order).to(self.device) if on_device else order
-        whole = self.order[1][i * self.images_per_step : (i + 1) * self.images_per_step]
-        batch = images[whole.reshape(self.k, world_size(), -1)[:, rank()].flatten()]
-        if isinstance(batch, np.ndarray):
-            batch = torch.from_numpy(batch)
-            return batch.pin_memory() if self.device.type == "cuda" else batch
-        return batch
 
     def stop(self, number, frame):
         self.stop_asked = True
         if not dist.is_initialized():  # torchrun repeats the signal
             signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
 
-    def log(self, stats):
-        """End a step with its 0-d tensors `stats`; writes what is due."""
+    def start(self):
+        """Say what is about to happen, write what comes first; returns the images, on a GPU if
+        they fill no more than a quarter of its free memory."""
+        words = [f"{self.script}.py"]
+        for name, value in settings_of(self.args).items():
+            if isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                words.append(f"--{name}={value}".removesuffix("=True"))
+        counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
+        where = f"on {self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+        span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
+        print(f"settings: python {shlex.join(words)}\n{self.folder}: {span}", flush=True)
+        print(f"G has {counts[0]:,} parameters, D {counts[1]:,}, {where}", flush=True)
+        self.marked = self.saved = self.shown = time.monotonic()
+        self.started = self.marked - self.seconds
+        if RANK == 0:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            lines = [f"{name} = {json.dumps(value)}\n" for name, value in self.args.typed.items()]
+            ini = f"[{self.script}]\n{''.join(lines)}"  # JSON's quotes let any path survive
+            write_file(self.folder / "config.ini", ini.encode())
+            if self.writer:
+                self.writer = self.writer(self.folder, purge_step=self.step + 1)
+            shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
+            real = self.images[np.sort(shown)]
+            self.real_diversity = diversity(real)
+            if self.step == 0:
+                save_grid(real, self.folder / "samples/real.png")
+                self.sample(keep=True)
+                self.save()
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        fits = self.images.nbytes < free / 4
+        return torch.from_numpy(np.array(self.images)).to(self.device) if fits else self.images
+
+    def next_batch(self, images):
+        """This rank's real images of a step, in an epoch each at most once; seeds torch for it."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        if epoch != self.ordered:
+            rng, self.ordered = np.random.default_rng((self.args.seed, epoch)), epoch
+            self.order = torch.from_numpy(rng.permutation(len(images)))
+            self.mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
+        batch = slice(i * self.images_per_step, (i + 1) * self.images_per_step)
+        share = lambda whole: whole[batch].view(self.k, WORLD_SIZE, -1)[:, RANK].flatten()
+        self.indices = share(self.order).to(self.device, non_blocking=True)
+        if isinstance(images, torch.Tensor):
+            real = images[self.indices]
+        else:
+            real = torch.from_numpy(images[share(self.order).numpy()])
+            real = real.pin_memory() if self.device.type == "cuda" else real
+        real = real.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
+        real = real.float().div_(127.5).sub_(1)
+        if self.args.flip:
+            mirrored = share(self.mirrored).to(self.device, non_blocking=True)
+            real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
+        own = (RANK,) if RANK else ()  # rank 0 draws what a process alone does
+        seed = mixed(self.args.seed, "step", self.step, *own)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.2 ms
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(seed)
+        if self.device.type == "mps":
+            torch.mps.manual_seed(seed)
+        return real
+
+    def end_step(self, stats):
+        """Count a step, with its 0-d tensors `stats`; write what is due."""
         self.step += 1
         self.pending.append(stats)
-        within, last = self.step % self.steps_per_epoch, self.step == self.steps
-        unsaved = time.monotonic() - self.saved if rank() == 0 else 0  # its clock counts
-        save_due = unsaved > (SAVE_AFTER if within else REST)
-        self.stopping, save_due = on_any_rank(self.stop_asked, save_due)
-        if within % math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH) == 0 or within == 0:
+        now, within = time.monotonic(), self.step % self.steps_per_epoch
+        last = self.step == self.steps
+        save_due = RANK == 0 and now > self.saved + (SAVE_AFTER if within else REST)
+        asked = rank_mean(torch.tensor([self.stop_asked, save_due], dtype=torch.float32))
+        self.stopping, save_due = (asked > 0).tolist()
+        save_due |= last or self.stopping
+        if save_due or within % math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH) == 0:
             self.write_row()
-        if rank() == 0 and within == 0 and (last or self.epoch % self.args.sample_every == 0):
-            self.sample()
-        if rank() == 0 and within == 0 and (last or self.epoch % self.args.checkpoint == 0):
+        if RANK > 0:
+            return
+        due = lambda every, n: last or self.epoch % (every or math.ceil(self.args.epochs / n)) == 0
+        keep = within == 0 and due(self.args.sample_every, GRIDS)
+        if keep or now > self.shown + LATEST:
+            self.sample(keep)
+        if within == 0 and due(self.args.checkpoint, SNAPSHOTS):
             save_file(self.snapshot(), self.folder / f"generator_{self.epoch:04d}.pt")
-        if last or self.stopping or save_due:
+        if save_due:
             self.save()
-        if within == 0:
-            self.marked, self.marked_step = time.monotonic(), self.step
-
-    def means(self):
-        """Means of the statistics since the last row; UserError if one is not finite."""
-        means = rank_mean(self.pending_table().double().mean(0)).tolist()
-        if not all(map(math.isfinite, means)):
-            raise self.not_finite("loss")
-        return dict(zip(self.pending[0], means, strict=True))
-
-    def pending_table(self):
-        """(steps since the last row, statistics)"""
-        rows = [torch.stack([*stats.values()]) for stats in self.pending]
-        return torch.stack(rows).cpu() if rows else torch.empty(0, 0)
-
-    def not_finite(self, what):
-        return UserError(
-            f"a {what} is not finite at step {self.step}; {self.folder}/checkpoint.pt keeps the "
-            "last good state. Try lower rates, --precision fp32 or another --seed"
-        )
+        if not self.pending:  # the next row's speed is that of steps alone
+            self.marked = time.monotonic()
 
     def write_row(self):
-        """A row of metrics.csv, and the progress line."""
-        means, now, steps = self.means(), time.monotonic(), len(self.pending)
-        self.pending = []
-        if rank() > 0:
+        """A row of metrics.csv, means since the last; UserError if a loss or weight is infinite."""
+        steps, names = len(self.pending), [*self.pending[0]]
+        table = torch.stack([torch.stack([*stats.values()]) for stats in self.pending])
+        means, self.pending = rank_mean(table.cpu().double().mean(0)).tolist(), []
+        weights = [p.sum() for name in ("G", "D") for p in self.state[name].parameters()]
+        if not math.isfinite(sum(means)) or not torch.stack(weights).isfinite().all():
+            kept = f"{self.folder}/checkpoint.pt keeps the last good state"
+            cure = "Try lower rates, --precision fp32 or another --seed"
+            raise UserError(f"a loss or weight is not finite at step {self.step}; {kept}. {cure}")
+        if RANK > 0:
             return
-        speed = (self.step - self.marked_step) * self.images_per_step / (now - self.marked)
-        seconds = self.seconds + now - self.started
-        row = {"step": self.step, "seconds": seconds, "images_per_s": speed, **means}
-        row["epoch"] = math.ceil(self.step / self.steps_per_epoch)
-        row["kimg"] = self.step * self.images_per_step / 1000
-        columns = [*COLUMNS, *(name for name in row if name not in COLUMNS)]
-        with (self.folder / "metrics.csv").open("a") as file:
-            header = "" if file.tell() else ",".join(columns) + "\n"
-            file.write(header + ",".join(f"{row[name]:.12g}" for name in columns) + "\n")
-        if self.writer:
-            for name in columns:
-                self.writer.add_scalar(name, row[name], self.step)
-        self.won_steps = self.won_steps + steps if means["loss_d"] < WON else 0
+        now, path = time.monotonic(), self.folder / "metrics.csv"
+        row = dict.fromkeys(COLUMNS) | dict(zip(names, means, strict=True))
+        row["step"], row["epoch"] = self.step, math.ceil(self.step / self.steps_per_epoch)
+        row["kimg"], row["seconds"] = self.step * self.images_per_step / 1000, now - self.started
+        row["images_per_s"] = steps * self.images_per_step / (now - self.marked)
+        header = ",".join(row) + "\n" if self.columns != [*row] else ""
+        if header and self.columns:  # a copy whose statistics have changed since the checkpoint
+            path.rename(path.with_name(f"metrics_to_{self.step - steps}.csv"))
+        self.columns = [*row]
+        with path.open("a") as file:
+            file.write(header + ",".join(f"{value:.12g}" for value in row.values()) + "\n")
+        for name in row if self.writer else ():
+            self.writer.add_scalar(name, row[name], self.step)
+        self.won_steps = self.won_steps + steps if 0 < row["loss_d"] < 0.1 else 0
         if self.won_steps >= PATIENCE:
-            self.warn("D has won", f"its loss has been below {WON} for {self.won_steps} steps")
-        self.marked, self.marked_step = now, self.step
-        left = (now - self.started) / (self.step - self.first_step) * (self.steps - self.step)
-        self.line.show(
-            f"epoch {row['epoch']}/{self.args.epochs} step {self.step}/{self.steps}, "
-            f"{seconds / 60:.1f} min, {left / 60:.1f} left, {speed:.0f} images/s, "
-            f"loss D {means['loss_d']:.2f} G {means['loss_g']:.2f}, D(x) {means['d_real']:.2f}, "
-            f"D(G(z)) {means['d_fake']:.2f}/{means['d_fake_after']:.2f}",
-            last=self.step == self.steps,
+            self.warn("D has won", f"its loss has been below 0.1 for {self.won_steps} steps")
+        minutes, speed = row["seconds"] / 60, row["images_per_s"]
+        progress(
+            f"epoch {row['epoch']}/{self.args.epochs}, {minutes:.1f} of "
+            f"{minutes * self.steps / self.step:.1f} min, {speed:.0f}/s, D {row['loss_d']:.2f} "
+            f"G {row['loss_g']:.2f}, D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f}",
+            last=self.step == self.steps or self.stopping,
         )
 
     def warn(self, what, why):
-        """Say once what goes wrong in this run, and which flags may help."""
-        if what in self.warned:
-            return
-        self.warned.add(what)
-        flags = ["a lower --lrd"]
-        if self.args.augment == "none":
-            flags.append("--augment " + ",".join(AUGMENT))
-        if getattr(self.args, "r1", None) == 0:
-            flags.append("--r1 1")
-        if hasattr(self.args, "dropout"):
-            flags.append("a higher --dropout")
-        if what == "G has collapsed":
-            flags.append("a larger --batch_size")
-        print(f"\nwarning: {what}: {why}. Try {' or '.join(flags)}", flush=True)
-
-    def announce(self):
-        """Print the table of the settings, and what is about to happen."""
-        cells = [f"{name:<13}{value}" for name, value in settings_of(self.args).items()]
-        rows = math.ceil(len(cells) / 3)
-        for i in range(rows):
-            print("  ".join(f"{cell:<30}" for cell in cells[i::rows]).rstrip())
-        counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
-        where = f"on {self.device}" + f", {world_size()} processes" * (world_size() > 1)
-        print("G has {:,} parameters, D {:,}".format(*counts), where, sep=", ")
-        span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
-        print(f"{self.folder}: {span}", flush=True)
+        """Say once that a network has won or collapsed; what helps stands in the README."""
+        if what not in self.warned:
+            self.warned.add(what)
+            print(f'\nwarning: {what}: {why}. See README, "When it does not work"', flush=True)
 
     def new_folder(self):
         """Make the run's folder; one that holds a run is left alone."""
         out, data = self.args.out, Path(self.args.path or self.args.dataset).resolve().stem
         if out and Path(out, "checkpoint.pt").exists():
-            raise UserError(f"{out} holds a run: --resume {out} goes on, or pass another --out")
-        folder, name = Path(out or "runs"), f"{self.script.removeprefix('train_')}-{data}"
-        for number in itertools.count(1):
-            path = folder if out else folder / (name if number == 1 else f"{name}-{number}")
-            if out or not path.exists():
-                path.mkdir(parents=True, exist_ok=bool(out))
-                return path
+            again = f"--resume {shlex.quote(str(out))}"
+            raise UserError(f"{out} holds a run: {again} goes on, or pass another --out")
+        name, number = f"runs/{self.script.removeprefix('train_')}-{data}", 1
+        path = Path(out or name)
+        while path.exists() and not out:
+            path, number = Path(f"{name}-{number + 1}"), number + 1
+        path.mkdir(parents=True, exist_ok=bool(out))
+        return path
 
     def restore(self):
         """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
         path, metrics = self.folder / "checkpoint.pt", self.folder / "metrics.csv"
-        run = load_file(path)
+        run, args = load_file(path), self.args
         try:
             for name, part in self.state.items():
-                part.load_state_dict(run[name])
-                for p, held in part.state.items() if name.startswith("opt") else ():
-                    if held["exp_avg"].shape != p.shape or held["exp_avg_sq"].shape != p.shape:
-                        raise ValueError(f"{name} has other shapes")
-            self.step, self.seconds, n_images = run["step"], run["seconds"], run["n_images"]
-            names, tables = run["pending"]["names"], run["pending"]["of_ranks"]
-            table = tables[min(rank(), len(tables) - 1)].to(self.device)
-            self.pending = [dict(zip(names, row.unbind(), strict=True)) for row in table]
+                part.load_state_dict(run.get(name, {}))
+                if isinstance(part, torch.optim.Optimizer):
+                    restore_layout(part)
+            self.step, self.seconds, n = run["step"] + 0, run["seconds"] + 0.0, run["n_images"] + 0
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path} does not fit {self.script}.py ({reason})") from None
-        if n_images != len(self.images):
-            raise UserError(f"{path} knows {n_images} images, not {len(self.images)}: start anew")
-        if rank() > 0:
+        if n != len(self.images):
+            print(f"{len(self.images):,} images, {n:,} until now: epochs go by the new number")
+        elif run.get("fingerprint", args.fingerprint) != args.fingerprint:
+            raise UserError(f"{path} knows {n} images of other names or sizes: start a new run")
+        if args.precision != (before := run["config"].get("precision")):
+            print(f"going on in {args.precision}, the run was in {before} until now")
+        if RANK > 0:
             return
         for leftover in self.folder.glob("**/.*.part"):  # of a killed process
             leftover.unlink()
         if metrics.exists():
             lines = [line for line in metrics.open() if line.endswith("\n")]
             kept = [line for line in lines[1:] if int(line.partition(",")[0]) <= self.step]
-            with replacing(metrics) as temporary:
-                temporary.write_text("".join(lines[:1] + kept))
+            write_file(metrics, "".join(lines[:1] + kept).encode())
+            self.columns = lines[0].strip().split(",") if lines else None
 
     def refresh_batchnorm(self):
         """Give G_ema statistics of its own, once a step."""
-        if self.fresh_step != self.step:
+        if self.refreshed != self.step:
+            self.refreshed = self.step
             source = torch.Generator().manual_seed(mixed(self.args.seed, "batchnorm"))
-            refresh_batchnorm(self.state["G_ema"], self.z, source, self.device)
-            self.fresh_step = self.step
+            refresh_batchnorm(self.state["G_ema"], self.latent, source, self.device)
 
-    def shown_real(self):
-        shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
-        return self.images[np.sort(shown)]
-
-    def sample(self):
-        self.refresh_batchnorm()
-        images = generate(self.state["G_ema"], latents(self.z, self.args.seed, range(CHUNK)))
+    def sample(self, keep):
+        """Draw samples/latest.png, and with `keep` the grid of this epoch."""
+        self.shown = time.monotonic()
+        z = latents(self.latent, self.args.seed, range(CHUNK))
+        images = generate(self.state["G_ema"], z)
         ours, theirs = diversity(images), self.real_diversity
-        if self.step >= PATIENCE and ours < ALIKE * theirs:
-            why = f"a pixel varies by {ours:.0f} levels over its samples, by {theirs:.0f} over real"
-            self.warn("G has collapsed", f"{why} images")
-        path = self.folder / f"samples/epoch_{self.epoch:04d}.png"
-        save_grid(images, path)
-        if self.writer:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
+        if self.step >= PATIENCE and ours < 0.4 * theirs:  # healthy runs: 0.8 and more
+            levels = f"{ours:.0f} grey levels over its samples, by {theirs:.0f} over real images"
+            self.warn("G has collapsed", f"a pixel varies by {levels}")
+        for name in ["latest", f"epoch_{self.epoch:04d}"][: 1 + keep]:
+            save_grid(images, self.folder / f"samples/{name}.png")
+        if keep and self.writer:
+            pixels = np.asarray(Image.open(self.folder / "samples/latest.png").convert("RGB"))
             self.writer.add_image("samples", pixels, self.step, dataformats="HWC")
 
     def snapshot(self):
         """All that generate.py needs, and where it comes from."""
         self.refresh_batchnorm()
-        return {"script": self.script, "generator_args": self.generator_args, "z": self.z,
+        return {"script": self.script, "generator_args": self.generator_args, "z": self.latent,
                 "config": settings_of(self.args), "step": self.step,
                 "G_ema": self.state["G_ema"].state_dict()}  # fmt: skip
 
     def save(self):
         """Write checkpoint.pt: all that --resume needs."""
-        sums = [p.sum() for name in ("G", "D") for p in self.state[name].parameters()]
-        if not torch.stack(sums).isfinite().all():
-            raise self.not_finite("weight")
-        self.saved = time.monotonic()
-        seconds = self.seconds + (self.saved - self.started if self.step else 0)
-        names = [*self.pending[0]] if self.pending else []
-        pending = {"names": names, "of_ranks": gather(self.pending_table())}
-        if world_size() > 1:
-            for buffer in (b for name in ("G", "D") for b in self.state[name].buffers()):
-                dist.broadcast(buffer, 0)  # BatchNorm's running statistics
-        if rank() > 0:
-            return
-        progress = {"n_images": len(self.images), "seconds": seconds, "pending": pending}
+        self.saved, path = time.monotonic(), self.folder / "checkpoint.pt"
         parts = {name: part.state_dict() for name, part in self.state.items()}
-        save_file(self.snapshot() | parts | progress, self.folder / "checkpoint.pt")
+        parts |= {"n_images": len(self.images), "fingerprint": self.args.fingerprint}
+        parts |= {"seconds": self.saved - self.started, "typed": self.args.typed}
+        save_file(self.snapshot() | parts, path)
+        if self.stopping:
+            print(f"saved: {path} at step {self.step}; now the pictures", flush=True)
 
     def draw(self):
         """Draw training.gif and losses.png."""
         if self.writer:
             self.writer.close()
-        grids = by_epoch(self.folder.glob("samples/epoch_*.png"))
-        shown = np.linspace(0, len(grids) - 1, min(len(grids), 200)).astype(int)
-        save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
-        if not (self.folder / "metrics.csv").exists():  # stopped before its first row
-            return
+        if grids := by_epoch(self.folder.glob("samples/epoch_*.png")):
+            shown = np.linspace(0, len(grids) - 1, min(len(grids), 60)).astype(int)
+            save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
         with (self.folder / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        if rows:
-            of = {name: [float(row[name]) for row in rows] for name in rows[0]}
-            kimg, own = of["kimg"], {name: y for name, y in of.items() if name not in COLUMNS}
-            panels = [("loss", kimg, {"D": of["loss_d"], "G": of["loss_g"]})]
-            panels += [("D's answer", kimg, {"D(x)": of["d_real"], "D(G(z))": of["d_fake"]})]
-            panels += [("per step", kimg, own)] if own else []
-            save_curves(panels, self.folder / "losses.png", "thousand images seen")
+            rows = [*csv.DictReader(file)]
+        of = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        groups = {"loss": ["loss_d", "loss_g"], "D's answer": ["d_real", "d_fake"]}
+        groups |= {name: [name] for name in of if name not in COLUMNS}
+        panels = [(title, of["kimg"], {y: of[y] for y in ys}) for title, ys in groups.items()]
+        save_curves(panels, self.folder / "losses.png", "thousand images seen")
+
+
+def lock_folder(folder):
+    """A file that keeps other processes out of a run until it is closed, or its process ends."""
+    file = (folder / ".lock").open("w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process trains in {folder}: pass another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def restore_layout(opt):
+    """Give loaded moments the layout of their parameters: else the next fused step would crash."""
+    for p, held in opt.state.items():
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                if value.shape != p.shape:
+                    raise ValueError(f"{name} has other shapes")
+                held[name] = torch.empty_like(p).copy_(value)
+
+
+def diversity(images):
+    """How much images (N, H, W, C) differ: the standard deviation of a pixel, in grey levels."""
+    return images.astype(np.float32).std(0).mean()
+
+
+def tensorboard_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter

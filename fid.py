@@ -10,11 +10,11 @@ between two Gaussians, one fitted to those of real images and one to those of ge
     python fid.py imgs/ runs/dcgan-imgs --all                 # all snapshots, as a curve
     python fid.py imgs/ runs/dcgan-imgs --save_stats imgs.npz # keep those of imgs/ ...
     python fid.py imgs.npz runs/dcgan-imgs                    # ... and reuse them
-    torchrun --nproc_per_node 2 fid.py imgs/ runs/dcgan-imgs  # share the work
 
 A source is a folder, a .zip, a data set (mnist, cifar10: the training images; glyphs), statistics
-in an .npz, a snapshot .pt or a run's folder. Beside a run or snapshot the other side's images are
-cropped and resized as for training; otherwise every image keeps its own size.
+in an .npz, a snapshot .pt or a run's folder. A name with a slash in it, ./mnist, is always a path.
+Beside a run or snapshot the other side's images are cropped and resized as for training, and a data
+set is reduced to the classes of its --label; otherwise every image keeps its own size.
 FIDs compare only where images on both sides, their size, --mode and features are the same.
 """
 
@@ -28,10 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.linalg.lapack import dpstrf
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -198,22 +198,6 @@ class Inception(nn.Module):
         return self
 
 
-def published_weights():
-    """The path of the published weights in torch.hub's folder, downloaded if they are not there."""
-    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-    with common.rank_0_first():
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(ADDRESS + WEIGHTS, str(path), SHA256)
-        except (OSError, RuntimeError) as error:  # no network; another hash
-            how = f"put {ADDRESS}{WEIGHTS} into {path.parent}, or pass --weights FILE"
-            raise common.UserError(f"no download of the weights ({error}): {how}") from None
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(SHA256):
-        raise common.UserError(f"{path} is damaged: remove it, and it is downloaded again")
-    return path
-
-
 def load_inception(features="inception", weights=None, device="cpu", precision="fp32"):
     """The network, ready for use, and a name for its features: a hash of its weights.
 
@@ -227,14 +211,16 @@ def load_inception(features="inception", weights=None, device="cpu", precision="
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=source)
     else:
-        path = weights or published_weights()
+        path = weights or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+        if not weights and not path.exists():
+            common.download(ADDRESS + WEIGHTS, path, SHA256)
         unused = lambda name: name.startswith("fc.") or name.endswith("num_batches_tracked")
         try:
+            if not weights and hashlib.sha256(path.read_bytes()).hexdigest()[:8] != SHA256:
+                raise ValueError("damaged: remove it, and it is downloaded again")
             state = torch.load(path, map_location="cpu", weights_only=True)
             net.load_state_dict({k: v for k, v in state.items() if not unused(k)})
-        except FileNotFoundError:
-            raise common.UserError(f"no such file: {path}") from None
-        except Exception as error:  # damaged archives, other objects, wrong shapes
+        except Exception as error:  # no file, damaged archives, other objects, wrong shapes
             reason = " ".join(str(error).split())[:200]
             raise common.UserError(f"{path} holds no weights of this network ({reason})") from None
     digest = hashlib.sha256()
@@ -273,52 +259,34 @@ class Moments:
         self.scatter = torch.zeros(d, d, dtype=torch.float64)  # n - 1 times the covariance
 
     def add(self, rows):
-        """Take in rows (n, d)."""
-        rows = rows.double()
-        centred = rows - rows.mean(0)
-        self.scatter.addmm_(centred.T, centred)
-        self.merge(len(rows), rows.mean(0))
-
-    def merge(self, n, mean, scatter=0.0):
-        """Take in what others counted (Chan et al., 1983)."""
-        if n:
-            shift, share = mean - self.mean, n / (self.n + n)
-            self.scatter.add_(scatter).addr_(shift, shift, alpha=self.n * share)
-            self.mean += shift * share
-            self.n += n
-
-    def over_ranks(self):
-        """Those of all ranks under torchrun together; each rank gets the same."""
-        d, together = len(self.mean), Moments(len(self.mean))
-        flat = torch.cat([self.mean.new_tensor([self.n]), self.mean, self.scatter.flatten()])
-        for part in common.gather(flat):
-            n, mean, scatter = part.split([1, d, d * d])
-            together.merge(int(n), mean, scatter.view(d, d))
-        return together
+        """Take in rows (n, d); Chan et al., 1983."""
+        rows, n = rows.double(), self.n + len(rows)
+        mean = rows.mean(0)
+        centred, shift = rows - mean, mean - self.mean
+        self.scatter.addmm_(centred.T, centred).addr_(shift, shift, alpha=self.n * len(rows) / n)
+        self.mean += shift * len(rows) / n
+        self.n = n
 
 
 def feature_stats(images, net=None, mode="legacy", batch_size=32):
     """Mean (2048,), covariance (2048, 2048) and number of the features of images, in float64.
 
     images: a uint8 array (N, H, W, C), or any iterable of (H, W, C) of any sizes, C 1 or 3.
-    net: of load_inception; mode: see to_input. Under torchrun each rank passes its share of the
-    images and gets the result of all. UserError for fewer than two.
+    net: of load_inception; mode: see to_input. UserError for fewer than two.
     """
     net = net or load_inception()[0]
     weight, blank = next(net.parameters()), torch.zeros(3, SIDE, SIDE)
-    moments, line, images = Moments(), common.ProgressLine(), iter(images)
+    moments, images = Moments(), iter(images)
     prepare = functools.partial(to_input, mode=mode)
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad(), exact:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad(), common.exact():
         while part := list(itertools.islice(images, batch_size)):
             # always full batches, since rounding may depend on their size
             batch = [*pool.map(prepare, part), *[blank] * (batch_size - len(part))]
             inputs = torch.stack(batch).to(weight.device, weight.dtype)
             features = net(inputs.contiguous(memory_format=torch.channels_last))
             moments.add(features[: len(part)].cpu())
-            line.show(f"features of {moments.n:,} images")
-        moments = moments.over_ranks()
-    line.show(f"features of {moments.n:,} images", last=True)
+            common.progress(f"features of {moments.n:,} images")
+    common.progress(f"features of {moments.n:,} images", last=True)
     if moments.n < 2:
         raise common.UserError("statistics need two images or more")
     return moments.mean.numpy(), moments.scatter.div_(moments.n - 1).numpy(), moments.n
@@ -328,17 +296,15 @@ def feature_stats(images, net=None, mode="legacy", batch_size=32):
 
 
 def factor(sigma):
-    """L (d, rank) with L L^T = sigma, by Cholesky; with pivots where sigma is singular."""
-    d = len(sigma)
-    noise = d * np.finfo(float).eps * sigma.diagonal().max()
+    """L (d, rank) with L L^T = sigma: by Cholesky, or out of eigenvectors where it is singular."""
+    noise = len(sigma) * np.finfo(float).eps * sigma.diagonal().max()
     with contextlib.suppress(np.linalg.LinAlgError):
         L = np.linalg.cholesky(sigma)
         if L.diagonal().min() ** 2 > noise:
             return L
-    packed, pivots, rank, _ = dpstrf(sigma, tol=noise, lower=1)
-    L = np.empty((d, rank))
-    L[pivots - 1] = np.tril(packed)[:, :rank]
-    return L
+    values, vectors = scipy.linalg.eigh(sigma)
+    kept = values > noise
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -359,7 +325,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 # --------------------------------------------------------------------------------------- sources
 
-
 SETTINGS = ("size", "channels", "mode", "features")  # must agree; size 0: every image its own
 
 
@@ -367,53 +332,37 @@ def is_generator(source):
     return source.suffix == ".pt" or (source / "checkpoint.pt").is_file()
 
 
-def images_of(source, like, args):
-    """The images of a source, uint8 (H, W, C) one by one; under torchrun this rank's share.
+def images_of(source, like, label, args):
+    """The images of a source, a word of the command line: uint8 (H, W, C), one by one.
 
     `like`: (image_size, channels) to crop and resize to, as for training; or None: own sizes.
+    `label`: the classes of a data set that count, or None. A bare "mnist" is the data set.
     """
-    share, name = slice(common.rank(), None, common.world_size()), str(source)
-    if is_generator(source):
+    if source in common.DATASETS:
+        size, channels = like or (None, "auto")
+        images, labels = common.read_dataset(source, args.data_dir, size, str(channels))
+        yield from images[np.isin(labels, label)] if label else images
+    elif is_generator(Path(source)):
         G, z = generate.load_generator(source, args.device)
-        numbers = range(args.img_num)[share]
-        for i in range(0, len(numbers), common.CHUNK):
-            yield from generate.sample(G, z, numbers[i : i + common.CHUNK], args.seed)
-    elif name == "glyphs":
-        yield from common.draw_glyphs(*(like or (32, 3)))[share]
-    elif name in common.ADDRESSES:
-        with common.rank_0_first():
-            images = common.read_dataset(name, args.data_dir)[0][share]
-        yield from common.resized(images, like[0], str(like[1])) if like else images
+        for i in range(0, args.img_num, common.CHUNK):
+            numbers = range(i, min(i + common.CHUNK, args.img_num))
+            yield from generate.sample(G, z, numbers, args.seed)
     elif like:
-        with common.rank_0_first():
-            images = common.load_images(source, like[0], str(like[1]), args.cache)[share]
-        yield from images
+        yield from common.load_images(source, like[0], str(like[1]), args.cache)
     else:
-        yield from decoded(source, share)
+        files, open_image = common.image_files(source)
+        for pixels, error in common.decoded([name for name, *_ in files], open_image):
+            if error:
+                print(f"skipped: {error}", file=sys.stderr)
+            else:
+                yield pixels
 
 
-def decoded(path, share):
-    """The images of a folder or .zip in their own sizes; those that cannot be decoded are named."""
-    files, open_image = common.image_files(path)
-
-    def attempt(file):
-        try:
-            with open_image(file[0]) as stream:
-                return common.decode(stream)[0]
-        except Exception as error:  # decoders raise anything at all on damaged files
-            print(f"skipped: {file[0]} ({error or type(error).__name__})", file=sys.stderr)
-
-    files = iter(files[share])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while part := list(itertools.islice(files, common.CHUNK)):
-            yield from (image for image in pool.map(attempt, part) if image is not None)
-
-
-def stats_of(source, net, like, settings, args):
+def stats_of(source, net, like, label, settings, args):
     """Statistics of a source: a dict of mu, sigma, n and `settings` (see SETTINGS)."""
-    if source.suffix == ".npz":
+    if source.endswith(".npz"):
         return read_stats(source, settings)
-    images = images_of(source, like, args)
+    images = images_of(source, like, label, args)
     mu, sigma, n = feature_stats(images, net, args.mode, args.batch_size)
     return {"mu": mu, "sigma": sigma, "n": n, **settings}
 
@@ -434,8 +383,6 @@ def read_stats(path, settings):
         stats |= {name: stats[name].item() for name in ("n", *SETTINGS) if name in stats}
         if not isinstance(stats.get("n", 0), int):
             raise ValueError(f"n is {stats['n']!r}")
-    except FileNotFoundError:
-        raise common.UserError(f"no such file: {path}") from None
     except Exception as error:  # whatever numpy stumbles on
         raise common.UserError(f"{path} holds no statistics ({error})") from None
     for name, ours in settings.items():
@@ -469,18 +416,15 @@ def compare(reference, candidate, names):
 
 def measure_all(run, reference, net, like, settings, args):
     """The FID of each snapshot of a run, into fid.csv and fid.png of its folder."""
-    snapshots = snapshots_of(run)
-    lines, steps, fids = ["snapshot,step,fid\n"], [], []
+    steps, fids, lines, snapshots = [], [], ["snapshot,step,fid\n"], snapshots_of(run)
     for path in snapshots:
-        stats = stats_of(path, net, like, settings, args)
+        stats = stats_of(str(path), net, like, None, settings, args)
         steps.append(common.load_file(path).get("step", 0))
         fids.append(compare(reference, stats, (args.reference, path)))
         lines.append(f"{path.name},{steps[-1]},{fids[-1]:.6f}\n")
-    if common.rank() == 0:
-        with common.replacing(run / "fid.csv") as temporary:
-            temporary.write_text("".join(lines))
-        title = f"FID to {args.reference}, {args.img_num:,} samples, {settings['features']}"
-        common.save_curves([(title, steps, {"": fids})], run / "fid.png", "steps")
+        common.write_file(run / "fid.csv", "".join(lines).encode())
+    title = f"FID to {args.reference}, {args.img_num:,} samples, {settings['features']}"
+    common.save_curves([(title, steps, {"": fids})], run / "fid.png", "steps")
     best = min(fids)
     print(f"best: {snapshots[fids.index(best)]}, {best:.4f}; all in {run}/fid.csv and fid.png")
 
@@ -489,16 +433,19 @@ def snapshots_of(run):
     return common.by_epoch(run.glob("generator_*.pt"))
 
 
-def shape_of(source):
-    """(image_size, channels) of what a run or snapshot generates."""
-    _, _, size, channels = generate.sample(*generate.load_generator(source), [0]).shape
-    return size, channels
+def facts_of(run):
+    """(image_size, channels) of what a run or snapshot generates, and the --label it learned."""
+    _, _, size, channels = generate.sample(*generate.load_generator(run), [0]).shape
+    snapshot = common.load_file(run / "checkpoint.pt" if run.is_dir() else run)
+    return (size, channels), snapshot["config"].get("label")
 
 
 def check_places(args):
     """UserError, before hours of work, for what would fail after them."""
     for source in filter(None, (args.reference, args.candidate)):
-        if source not in ("glyphs", *common.ADDRESSES) and not Path(source).exists():
+        if source in common.DATASETS and Path(source).exists():
+            print(f"{source} is the data set; for what lies here by that name type ./{source}")
+        elif source not in common.DATASETS and not Path(source).exists():
             raise common.UserError(f"{source} does not exist: name a folder, a .zip, a run, ...")
     if args.save_stats and not args.save_stats.parent.is_dir():
         raise common.UserError(f"--save_stats {args.save_stats}: there is no such folder")
@@ -510,24 +457,27 @@ def main():
     with common.exit_codes():
         args = get_args(sys.argv[1:])
         check_places(args)
-        args.device = common.join_ranks(args.device)
-        sources = [Path(name) for name in (args.reference, args.candidate) if name]
-        shapes = {shape_of(source) for source in sources if is_generator(source)}
-        if len(shapes) > 1:
-            raise common.UserError(f"the generators differ in (size, channels): {sorted(shapes)}")
-        like = min(shapes, default=None)
+        args.device = common.choose_device(args.device)
+        sources = [name for name in (args.reference, args.candidate) if name]
+        paths = [Path(name) for name in sources if name not in common.DATASETS]
+        facts = [facts_of(path) for path in paths if is_generator(path)]
+        like, label = facts[0] if facts else (None, None)
+        if any(shape != like for shape, _ in facts):
+            raise common.UserError(f"the generators differ in (size, channels): {facts}")
+        if label and len(paths) < len(sources):
+            print(f"only the classes that the run was trained on count: {label}")
 
         net, settings, stats = None, {}, {}
-        if any(source.suffix != ".npz" for source in sources):
+        if not all(name.endswith(".npz") for name in sources):
             net, features = load_inception(args.features, args.weights, args.device, args.precision)
             settings = dict(zip(SETTINGS, (*(like or (0, 0)), args.mode, features), strict=True))
         if args.all:
             sources.pop()  # its snapshots are measured one by one
-        for source in sorted(sources, key=lambda source: source.suffix != ".npz"):  # fails early
-            stats[source] = stats_of(source, net, like, settings, args)
-            settings = settings or {k: v for k, v in stats[source].items() if k in SETTINGS}
+        for name in sorted(sources, key=lambda name: not name.endswith(".npz")):  # fails early
+            stats[name] = stats_of(name, net, like, label, settings, args)
+            settings = settings or {k: v for k, v in stats[name].items() if k in SETTINGS}
         reference = stats[sources[0]]
-        if args.save_stats and common.rank() == 0:
+        if args.save_stats:
             with common.replacing(args.save_stats) as temporary, temporary.open("wb") as file:
                 np.savez(file, **reference)
             print(f"{args.save_stats}: statistics of {args.reference}")

@@ -32,12 +32,9 @@ def get_args(argv):
     add("--save_path", type=Path, help="folder for single images; default generated/<run>")
     add("--seed", type=common.bounded(int, 0), default=0, help="image i follows from (seed, i)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add(
-        "--interpolate", action="store_true", help="also the ways from image to image, as a GIF too"
-    )
-    add(
-        "--nearest", metavar="IMAGES", help="also each image beside the nearest of this folder/.zip"
-    )
+    add("--label", type=common.bounded(int, 0), help="of this class only, where G knows classes")
+    add("--interpolate", action="store_true", help="also ways from image to image, and as a GIF")
+    add("--nearest", metavar="IMAGES", help="also each beside the nearest of this folder or .zip")
     add("--cache", default=".cache", help="folder for the decoded images of --nearest")
     return parser.parse_args(argv)
 
@@ -63,36 +60,39 @@ def load_generator(path=None, device="cpu"):
     try:
         with torch.device("meta"):  # do the shapes fit? Before memory is taken for them
             shapes = module.Generator(**snapshot["generator_args"]).eval()
-            shapes(common.draw_z(snapshot["z"], 2, "meta"))
+            shapes(common.draw_latents(snapshot["z"], 2, "meta"))
         shapes.load_state_dict(snapshot["G_ema"], assign=True)
         G = module.Generator(**snapshot["generator_args"])
         G.load_state_dict(snapshot["G_ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise common.UserError(f"{path} does not fit {script.name} ({reason})") from None
-    return G.to(device).requires_grad_(False).eval(), snapshot["z"]
+    G = G.to(device, memory_format=torch.channels_last)  # as in training
+    return G.requires_grad_(False).eval(), snapshot["z"]
 
 
-def sample(G, z, numbers, seed=0):
+def sample(G, z, numbers, seed=0, label=None):
     """The images with these numbers: uint8 (n, H, W, C). G and z as load_generator returns them."""
-    return common.generate(G, common.latents(z, seed, numbers))
+    return common.generate(G, common.latents(z, seed, numbers, label))
 
 
 def interpolations(z, seed, n):
     """Latents ((n - 1) * FRAMES, z_dim) on the ways between n neighbouring images.
 
     Normal latents turn on an arc (slerp, White 2016, arXiv:1609.04468), so that their length stays
-    typical; uniform ones go straight.
+    typical; uniform ones, and classes, go straight.
     """
     ways = []
     ends = common.latents(z, seed, range(n))
     for a, b in zip(ends, ends[1:]):
         t = torch.linspace(0, 1, FRAMES)[:, None]
+        way = (1 - t) * a + t * b
         if z["distribution"] == "normal":
+            a, b = a[: z["dim"]], b[: z["dim"]]
             angle = torch.acos(torch.cosine_similarity(a, b, dim=0)).clamp(1e-4, math.pi - 1e-4)
-            ways.append((torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / angle.sin())
-        else:
-            ways.append((1 - t) * a + t * b)
+            arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / angle.sin()
+            way[:, : z["dim"]] = arc
+        ways.append(way)
     return torch.cat(ways)
 
 
@@ -111,29 +111,50 @@ def nearest(images, others):
     return others[found]
 
 
+def claim(folder, run):
+    """Make the folder for images of this run; UserError if it holds those of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / ".run"
+    if owner.exists() and owner.read_text(errors="replace") != str(run):
+        others = owner.read_text(errors="replace")
+        raise common.UserError(f"{folder} holds images of {others}: pass another --save_path")
+    owner.write_text(str(run))
+
+
+def save_singles(G, z, folder, args):
+    """Images 0 to img_num - 1 as PNGs."""
+    for start in range(0, args.img_num, common.CHUNK):
+        numbers = range(start, min(start + common.CHUNK, args.img_num))
+        images = sample(G, z, numbers, args.seed, args.label)
+        for i, image in zip(numbers, images):
+            png = common.encoded(common.to_picture(image))
+            (folder / f"seed{args.seed}_{i:06d}.png").write_bytes(png)
+        done = numbers[-1] + 1
+        common.progress(f"{done:,} of {args.img_num:,} images", last=done == args.img_num)
+
+
 def main():
     with common.exit_codes():
         args = get_args(sys.argv[1:])
         source = args.load_path or common.newest_run()
         G, z = load_generator(source, common.choose_device(args.device))
+        if args.label is not None and args.label >= z.get("classes", 0):
+            raise common.UserError(
+                f"--label {args.label}: {source} knows {z.get('classes', 'no')} classes"
+            )
         run = source.resolve()
         name = run.name if run.is_dir() else f"{run.parent.name}-{run.stem}"
         folder = args.save_path or Path("generated", name)
-        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder, run if run.is_dir() else run.parent)
         place = folder if folder.name else folder.resolve()  # --save_path .
         beside = lambda what: place.with_name(f"{place.name}-{what}")
-        for start in range(0, args.img_num, common.CHUNK):
-            numbers = range(start, min(start + common.CHUNK, args.img_num))
-            for i, image in zip(numbers, sample(G, z, numbers, args.seed)):
-                common.save_picture(
-                    common.to_picture(image), folder / f"seed{args.seed}_{i:06d}.png"
-                )
+        save_singles(G, z, folder, args)
         print(f"{args.img_num} images of {source} in {folder}")
         if (count := len(list(folder.glob("*.png")))) > args.img_num:
             print(f"{folder} holds {count} images now: others were there before")
 
         side = args.grid_size or min(10, math.isqrt(args.img_num))
-        images = sample(G, z, range(side * side), args.seed)
+        images = sample(G, z, range(side * side), args.seed, args.label)
         common.save_grid(images, beside("grid.png"), side)
         print(f"{beside('grid.png')}: the first {side} x {side}")
         if args.interpolate:
@@ -144,10 +165,10 @@ def main():
         if args.nearest:
             n, size, _, channels = images.shape
             others = common.load_images(args.nearest, size, str(channels), args.cache)
-            pairs = np.stack([images, nearest(images, others)], 1).reshape(
-                2 * n, size, size, channels
+            pairs = np.stack([images, nearest(images, others)], 1)
+            common.save_grid(
+                pairs.reshape(2 * n, size, size, channels), beside("nearest.png"), 2 * side
             )
-            common.save_grid(pairs, beside("nearest.png"), 2 * side)
             print(f"{beside('nearest.png')}: each image, then the nearest of {args.nearest}")
 
 

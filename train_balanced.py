@@ -14,7 +14,6 @@ What to expect from 400 photographs of cats on two cores of an AMD EPYC in float
 the published ones, whose steps take 16 times as long: --width 128 --lrd 2e-5 --lrg 2e-5.
 """
 
-import copy
 import itertools
 import sys
 
@@ -25,9 +24,8 @@ from torch import nn
 import common
 
 
-def get_args(argv):
+def get_args(argv, **flags):
     parser = common.run_parser(__file__, __doc__, epochs=200, batch_size=50)
-    parser.set_defaults(augment="none")  # the published recipe
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
     add("--margin", type=rate, default=0.1, help="how far the losses may lie apart; inf: any")
@@ -38,8 +36,13 @@ def get_args(argv):
     add("--lrg", type=rate, default=1e-4, help="Adam's rate for G; 2e-5: as published")
     add("--beta1", type=common.bounded(float, 0, 0.999), default=5e-4, help="Adam's momentum")
     add("--dropout", type=common.bounded(float, 0, 0.9), default=0.2, help="in D")
-    args = common.parse_flags(parser, argv)
-    common.settle_data_and_size(args)
+    args = common.parse_flags(parser, argv, flags)
+    if not args.path and not args.dataset:
+        args.dataset = "glyphs"
+        print("no --path: training on drawn characters, 32 pixels")
+    args.image_size = args.image_size or (32 if args.dataset else 64)
+    if args.image_size not in (16, 32, 64, 128, 256):
+        raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
     return args
 
 
@@ -110,26 +113,37 @@ class Discriminator(nn.Module):
         return self.layers(images).flatten().float()
 
 
-def update_d(D, opt_d, real, fake, args):
+def init_weights(net):
+    """From N(0, 0.02), BatchNorm's from N(1, 0.02), as in DCGAN (Radford et al., 2015)."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+
+
+def update_d(D, opt_d, augment, real, fake):
     """D: maximize log D(x) + log(1 - D(G(z))). Returns its loss before that, and its answers.
 
     -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit). The mean is over real and
     fake images together. They share a pass, as no BatchNorm mixes them.
     """
-    both = [common.augment(images, args.augment) for images in (real, fake.detach())]
-    logits_real, logits_fake = D(torch.cat(both)).chunk(2)
+    both = torch.cat([augment(real), augment(fake.detach())])
+    logits_real, logits_fake = D(both).chunk(2)
     loss_d = torch.cat([F.softplus(-logits_real), F.softplus(logits_fake)]).mean()
     opt_d.zero_grad()
     loss_d.backward()
     common.sync_grads(D)
     opt_d.step()
+    augment.update(logits_real.detach())
     return common.rank_mean(loss_d.detach()), logits_real.detach(), logits_fake.detach()
 
 
-def update_g(G, D, opt_g, fake, args):
+def update_g(G, D, opt_g, augment, fake):
     """G: maximize log D(G(z)), the non-saturating form. Returns as update_d does."""
     D.requires_grad_(False)
-    logits_fake = D(common.augment(fake, args.augment))
+    logits_fake = D(augment(fake))
     loss_g = F.softplus(-logits_fake).mean()
     opt_g.zero_grad()
     loss_g.backward()
@@ -159,27 +173,29 @@ def balance(loss_d, loss_g, extra_d, extra_g, args):
     return (extra, 0, int(apart)) if d_is_behind else (0, extra, int(apart))
 
 
-def train_step(G, D, opt_d, opt_g, real, args):
+def train_step(G, D, opt_d, opt_g, augment, real, args):
     """An update of D and one of G, then those that balance asks for. Returns 0-d tensors."""
-    z = common.drawn(torch.rand, len(real), args.z_dim, device=real.device) * 2 - 1
+    z = torch.rand(len(real), args.z_dim, device=real.device) * 2 - 1
     fake = G(z)
-    loss_d, logits_real, logits_fake = update_d(D, opt_d, real, fake, args)
-    loss_g, logits_fake_g = update_g(G, D, opt_g, fake, args)
+    loss_d, logits_real, logits_fake = update_d(D, opt_d, augment, real, fake)
+    loss_g, logits_fake_g = update_g(G, D, opt_g, augment, fake)
     extra_d, extra_g, bound = balance(
         loss_d, loss_g,
-        lambda: update_d(D, opt_d, real, fake, args)[0],
-        lambda: update_g(G, D, opt_g, G(z), args)[0],
+        lambda: update_d(D, opt_d, augment, real, fake)[0],
+        lambda: update_g(G, D, opt_g, augment, G(z))[0],
         args,
     )  # fmt: skip
+    number = lambda value: torch.full((), float(value), device=real.device)  # waits for nothing
     return {
         "loss_d": loss_d,
         "loss_g": loss_g,
         "d_real": logits_real.sigmoid().mean(),
         "d_fake": logits_fake.sigmoid().mean(),  # before D's update
         "d_fake_after": logits_fake_g.sigmoid().mean(),
-        "extra_d": loss_d.new_tensor(extra_d),
-        "extra_g": loss_d.new_tensor(extra_g),
-        "bound": loss_d.new_tensor(bound),
+        "extra_d": number(extra_d),
+        "extra_g": number(extra_g),
+        "bound": number(bound),
+        "p": augment.p.clone(),  # of each augmentation
     }
 
 
@@ -197,9 +213,9 @@ def imbalance(stats, args):
 
 def train(*argv, **flags):
     """Train as the command line does, train(path="faces/"); returns the run's folder."""
-    args = get_args([*argv, *common.as_argv(flags)])
+    args = get_args(argv, **flags)
     device = common.setup(args)
-    images = common.load_data(args)  # uint8 (N, H, W, C)
+    images, _ = common.load_data(args)  # uint8 (N, H, W, C); their classes
 
     size = {"image_size": args.image_size, "channels": images.shape[-1], "width": args.width}
     generator_args = size | {"z_dim": args.z_dim}
@@ -208,21 +224,22 @@ def train(*argv, **flags):
         print(common.summary(G, torch.zeros(2, args.z_dim)))
         print(common.summary(D, torch.zeros(1, size["channels"], args.image_size, args.image_size)))
         return None
-    common.init_weights(G)
-    common.init_weights(D)
-    G_ema = copy.deepcopy(G).to(device).requires_grad_(False).eval()
+    init_weights(G)
+    init_weights(D)
+    G_ema = common.averaged(G, device)
     G, D = common.prepare(G, device, args), common.prepare(D, device, args)
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
 
-    z = {"dim": args.z_dim, "distribution": "uniform"}
-    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
-    run = common.Run(args, __file__, images, device, generator_args, z, **state)
+    augment = common.Augment(args.augment).to(device)
+    latent = {"dim": args.z_dim, "distribution": "uniform"}  # as train_step draws z
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
+    run = common.Run(args, __file__, images, device, generator_args, latent, **state)
     epoch, told = [], None
     for real in run.batches():
-        stats = train_step(G, D, opt_d, opt_g, real, args)
+        stats = train_step(G, D, opt_d, opt_g, augment, real, args)
         common.update_ema(G_ema, G, run.step, args.ema)
-        run.log(stats)
+        run.end_step(stats)
         epoch.append(stats)
         if run.step % run.steps_per_epoch == 0:
             advice, epoch = imbalance(epoch, args), []
@@ -234,7 +251,6 @@ def train(*argv, **flags):
 
 def main():
     with common.exit_codes():
-        common.start_ranks(__file__, get_args)
         train(*sys.argv[1:])
 
 

@@ -14,7 +14,6 @@ ones after 132,000 (40 minutes), fur and whiskers after 300,000 (92 minutes). In
 64, 299,000 images took 28 minutes.
 """
 
-import copy
 import itertools
 import sys
 
@@ -27,9 +26,11 @@ import common
 R1_EVERY = 16  # steps from penalty to penalty, each that many times as strong (Karras et al., 2020)
 
 
-def get_args(argv):
+def get_args(argv, **flags):
     # batch, decay and rates won in docs/experiments.md; the paper's are 128, no average and 2e-4
-    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.99)
+    parser = common.run_parser(
+        __file__, __doc__, epochs=50, batch_size=32, ema=0.99, augment="need"
+    )
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
@@ -48,8 +49,13 @@ def get_args(argv):
     add("--alpha_g", type=rate, default=0.0, help="LeakyReLU slope in G; 0 is ReLU")
     add("--init", choices=["normal", "xavier"],
         help="initial weights; default: normal, N(0, 0.02), or xavier with --r1")  # fmt: skip
-    args = common.parse_flags(parser, argv)
-    common.settle_data_and_size(args)
+    args = common.parse_flags(parser, argv, flags)
+    if not args.path and not args.dataset:
+        args.dataset = "glyphs"
+        print("no --path: training on drawn characters, 32 pixels")
+    args.image_size = args.image_size or (32 if args.dataset else 64)
+    if args.image_size not in (16, 32, 64, 128, 256):
+        raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
     args.width = args.width or (32 if args.dataset == "glyphs" else 64)
     if args.r1 is None:
         args.r1 = 1.0 if args.dataset == "mnist" else 0.0
@@ -106,6 +112,20 @@ class Discriminator(nn.Module):
         return self.layers(images).flatten().float()
 
 
+def init_weights(net, init):
+    """From N(0, 0.02), BatchNorm's from N(1, 0.02) (Radford et al., 2015); or "xavier"."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            if init == "normal":
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d) and init == "normal":
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+
+
 def r1_penalty(D, images):
     """Mean of |dD/dx|^2 over images (N, C, H, W), which holds D flat around them.
 
@@ -116,20 +136,20 @@ def r1_penalty(D, images):
     return slopes.square().sum((1, 2, 3)).mean()
 
 
-def train_step(G, D, opt_d, opt_g, real, args, gamma=0.0):
+def train_step(G, D, opt_d, opt_g, augment, real, step, args):
     """k updates of D, each with fresh images, then one of G. Returns detached 0-d tensors.
 
-    real: (k * N, C, H, W) in [-1, 1]; gamma: the R1 penalty's weight in this step, or 0. All losses
-    are means of -log D or -log(1 - D), from logits: -log D(x) = softplus(-logit) and
-    -log(1 - D(x)) = softplus(logit).
+    real: (k * N, C, H, W) in [-1, 1]; step: its number, from 0. All losses are means of -log D or
+    -log(1 - D), from logits: -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit).
     """
+    gamma = args.r1 * R1_EVERY if step % R1_EVERY == 0 else 0.0
     for x in real.chunk(args.k):
         # D: maximize log D(x) + log(1 - D(G(z))). Real and fake go separately: BatchNorm must not
         # mix them. With one-sided smoothing s: (1 - s) log D(x) + s log(1 - D(x)) for the real.
-        fake = G(common.drawn(torch.randn, len(x), args.z_dim, device=x.device))
-        seen = common.augment(x, args.augment)
+        fake = G(torch.randn(len(x), args.z_dim, device=x.device))
+        seen = augment(x)
         logits_real = D(seen)
-        logits_fake = D(common.augment(fake.detach(), args.augment))
+        logits_fake = D(augment(fake.detach()))
         s = args.one_sided
         loss_real = (1 - s) * F.softplus(-logits_real) + s * F.softplus(logits_real)
         loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
@@ -138,10 +158,11 @@ def train_step(G, D, opt_d, opt_g, real, args, gamma=0.0):
         (loss_d + penalty).backward()
         common.sync_grads(D)
         opt_d.step()
+        augment.update(logits_real.detach())
 
     # G: maximize log D(G(z)), the non-saturating form, with the images that D has just seen
     D.requires_grad_(False)
-    logits_fake_g = D(common.augment(fake, args.augment))
+    logits_fake_g = D(augment(fake))
     loss_g = F.softplus(-logits_fake_g).mean()
     opt_g.zero_grad()
     loss_g.backward()
@@ -154,14 +175,15 @@ def train_step(G, D, opt_d, opt_g, real, args, gamma=0.0):
         "d_real": logits_real.detach().sigmoid().mean(),
         "d_fake": logits_fake.detach().sigmoid().mean(),  # before D's update
         "d_fake_after": logits_fake_g.detach().sigmoid().mean(),
+        "p": augment.p.clone(),  # of each augmentation
     }
 
 
 def train(*argv, **flags):
     """Train as the command line does, train(path="imgs/", epochs=50); returns the run's folder."""
-    args = get_args([*argv, *common.as_argv(flags)])
+    args = get_args(argv, **flags)
     device = common.setup(args)
-    images = common.load_data(args)  # uint8 (N, H, W, C)
+    images, _ = common.load_data(args)  # uint8 (N, H, W, C); their classes
 
     size = {"image_size": args.image_size, "channels": images.shape[-1], "width": args.width}
     generator_args = size | {"z_dim": args.z_dim, "norm": args.norm, "alpha": args.alpha_g}
@@ -171,29 +193,28 @@ def train(*argv, **flags):
         print(common.summary(G, torch.zeros(1, args.z_dim)))
         print(common.summary(D, torch.zeros(1, size["channels"], args.image_size, args.image_size)))
         return None
-    common.init_weights(G, args.init)
-    common.init_weights(D, args.init)
-    G_ema = copy.deepcopy(G).to(device).requires_grad_(False).eval()
+    init_weights(G, args.init)
+    init_weights(D, args.init)
+    G_ema = common.averaged(G, device)
     G, D = common.prepare(G, device, args), common.prepare(D, device, args)
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
 
-    z = {"dim": args.z_dim, "distribution": "normal"}
-    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
-    run = common.Run(args, __file__, images, device, generator_args, z, **state)
+    augment = common.Augment(args.augment).to(device)
+    latent = {"dim": args.z_dim, "distribution": "normal"}  # as train_step draws z
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
+    run = common.Run(args, __file__, images, device, generator_args, latent, args.k, **state)
     for real in run.batches():
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
             opt.param_groups[0]["lr"] = rate * args.lr_decay**run.epoch
-        gamma = args.r1 * R1_EVERY if run.step % R1_EVERY == 0 else 0.0
-        stats = train_step(G, D, opt_d, opt_g, real, args, gamma)
+        stats = train_step(G, D, opt_d, opt_g, augment, real, run.step, args)
         common.update_ema(G_ema, G, run.step, args.ema)
-        run.log(stats)
+        run.end_step(stats)
     return run.folder
 
 
 def main():
     with common.exit_codes():
-        common.start_ranks(__file__, get_args)
         train(*sys.argv[1:])
 
 

@@ -16,7 +16,6 @@ two cores of an AMD EPYC in bf16.
 """
 
 import argparse
-import copy
 import itertools
 import sys
 
@@ -34,7 +33,7 @@ def sizes(text):
     return text
 
 
-def get_args(argv):
+def get_args(argv, **flags):
     parser = common.run_parser(__file__, __doc__, epochs=100, batch_size=128)
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
@@ -50,7 +49,7 @@ def get_args(argv):
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in G and D")
     switch = argparse.BooleanOptionalAction
     add("--flip_labels", action=switch, default=False, help="D says 0 for real and 1 for fake")
-    args = common.parse_flags(parser, argv)
+    args = common.parse_flags(parser, argv, flags)
     if not args.path and not args.dataset:
         args.dataset = "mnist"
         print("no --path, no --dataset: training on MNIST")
@@ -94,7 +93,7 @@ class Discriminator(nn.Module):
         return self.layers(images.flatten(1)).flatten().float()
 
 
-def train_step(G, D, opt_d, opt_g, real, args):
+def train_step(G, D, opt_d, opt_g, augment, real, args):
     """k updates of D, each with fresh images, then one of G. Returns detached 0-d tensors.
 
     real: (k * N, C, H, W) in [-1, 1]. Losses are means of -log P(right), from logits: with the
@@ -104,18 +103,19 @@ def train_step(G, D, opt_d, opt_g, real, args):
     sign = -1.0 if args.flip_labels else 1.0
     for x in real.chunk(args.k):
         # D: maximize log P(real | x) + log P(fake | G(z)); in one pass, as no BatchNorm mixes them
-        fake = G(common.drawn(torch.randn, len(x), args.z_dim, device=x.device))
-        both = [common.augment(images, args.augment) for images in (x, fake.detach())]
-        logits_real, logits_fake = (sign * D(torch.cat(both))).chunk(2)
+        fake = G(torch.randn(len(x), args.z_dim, device=x.device))
+        both = torch.cat([augment(x), augment(fake.detach())])
+        logits_real, logits_fake = (sign * D(both)).chunk(2)
         loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         opt_d.zero_grad()
         loss_d.backward()
         common.sync_grads(D)
         opt_d.step()
+        augment.update(logits_real.detach())
 
     # G: maximize log P(real | G(z)), the non-saturating form, with the images D has just seen
     D.requires_grad_(False)
-    logits_fake_g = sign * D(common.augment(fake, args.augment))
+    logits_fake_g = sign * D(augment(fake))
     loss_g = F.softplus(-logits_fake_g).mean()
     opt_g.zero_grad()
     loss_g.backward()
@@ -128,14 +128,15 @@ def train_step(G, D, opt_d, opt_g, real, args):
         "d_real": logits_real.detach().sigmoid().mean(),  # P(real), whatever the labels
         "d_fake": logits_fake.detach().sigmoid().mean(),  # before D's update
         "d_fake_after": logits_fake_g.detach().sigmoid().mean(),
+        "p": augment.p.clone(),  # of each augmentation
     }
 
 
 def train(*argv, **flags):
     """Train as the command line does, train(dataset="mnist"); returns the run's folder."""
-    args = get_args([*argv, *common.as_argv(flags)])
+    args = get_args(argv, **flags)
     device = common.setup(args)
-    images = common.load_data(args)  # uint8 (N, H, W, C)
+    images, _ = common.load_data(args)  # uint8 (N, H, W, C); their classes
 
     size = {"image_size": args.image_size, "channels": images.shape[-1], "alpha": args.alpha}
     hidden_g, hidden_d = ([*map(int, text.split(","))] for text in (args.hidden_g, args.hidden_d))
@@ -146,24 +147,24 @@ def train(*argv, **flags):
         print(common.summary(G, torch.zeros(1, args.z_dim)))
         print(common.summary(D, torch.zeros(1, *G.shape)))
         return None
-    G_ema = copy.deepcopy(G).to(device).requires_grad_(False).eval()
+    G_ema = common.averaged(G, device)
     G, D = common.prepare(G, device, args), common.prepare(D, device, args)
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
 
-    z = {"dim": args.z_dim, "distribution": "normal"}
-    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
-    run = common.Run(args, __file__, images, device, generator_args, z, **state)
+    augment = common.Augment(args.augment).to(device)
+    latent = {"dim": args.z_dim, "distribution": "normal"}  # as train_step draws z
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
+    run = common.Run(args, __file__, images, device, generator_args, latent, args.k, **state)
     for real in run.batches():
-        stats = train_step(G, D, opt_d, opt_g, real, args)
+        stats = train_step(G, D, opt_d, opt_g, augment, real, args)
         common.update_ema(G_ema, G, run.step, args.ema)
-        run.log(stats)
+        run.end_step(stats)
     return run.folder
 
 
 def main():
     with common.exit_codes():
-        common.start_ranks(__file__, get_args)
         train(*sys.argv[1:])
 
 

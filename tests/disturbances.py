@@ -61,7 +61,7 @@ def main():
     args = parser.parse_args()
     net, name = fid.load_inception(args.features)
     if args.path == "glyphs":
-        images = common.draw_glyphs(args.image_size, n=args.img_num)
+        images, _ = common.draw_glyphs(args.image_size, n=args.img_num)
     else:
         images = common.load_images(args.path, args.image_size, "3")[: args.img_num]
     mu, sigma, n = fid.feature_stats(images, net)

@@ -15,11 +15,12 @@ import generate
 import train_balanced
 from train_balanced import Discriminator, Generator, UpsampleConv, balance, train, train_step
 
+NONE = common.Augment("none")
 TINY = {"image_size": 16, "width": 2, "z_dim": 8, "batch_size": 8, "epochs": 2}
 
 
 def settings(**changes):
-    standard = {"z_dim": 8, "augment": "none", "margin": 0.1, "max_extra": 4}
+    standard = {"z_dim": 8, "margin": 0.1, "max_extra": 4}
     return types.SimpleNamespace(**standard | changes)
 
 
@@ -169,7 +170,7 @@ def test_the_published_recipe_by_flags():
 def test_losses_are_means_of_binary_cross_entropy_per_image():
     G, D, opt_d, opt_g = small_pair(lr=0.0)
     torch.manual_seed(3)
-    stats = train_step(G, D, opt_d, opt_g, real_images(), settings(margin=math.inf))
+    stats = train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(margin=math.inf))
     torch.manual_seed(3)
     fake = G(torch.rand(6, 8) * 2 - 1)
     bce, ones = F.binary_cross_entropy_with_logits, torch.ones(6)
@@ -180,7 +181,7 @@ def test_losses_are_means_of_binary_cross_entropy_per_image():
     for p in silent.parameters():
         nn.init.zeros_(p)
     opt_d = torch.optim.Adam(silent.parameters(), 0.0)
-    stats = train_step(G, silent, opt_d, opt_g, real_images(), settings())
+    stats = train_step(G, silent, opt_d, opt_g, NONE, real_images(), settings())
     assert stats["loss_d"] == stats["loss_g"] == pytest.approx(math.log(2))
     assert stats["extra_d"] == stats["extra_g"] == stats["bound"] == 0
 
@@ -190,7 +191,7 @@ def test_extra_updates_move_the_network_that_is_behind_alone(behind):
     """One whose rate is zero never catches up: its updates go on to the bound."""
     G, D, opt_d, opt_g = small_pair(lr=0.0)
     nn.init.constant_(D.layers[-1].bias, -3 if behind == "G" else 1)  # G is found out, or D fooled
-    stats = train_step(G, D, opt_d, opt_g, real_images(), settings(max_extra=3))
+    stats = train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(max_extra=3))
     assert (stats["extra_d"], stats["extra_g"]) == ((3, 0) if behind == "D" else (0, 3))
     assert stats["bound"] == 1
     steps = [int(opt.state[opt.param_groups[0]["params"][0]]["step"]) for opt in (opt_d, opt_g)]
@@ -203,7 +204,7 @@ def test_extra_updates_see_the_same_images_and_latents():
     latents, seen = [], []
     G.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
     D.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach()))
-    train_step(G, D, opt_d, opt_g, real_images(), settings(max_extra=2))
+    train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(max_extra=2))
     assert len(latents) == 3 and all(torch.equal(latents[0], z) for z in latents)
     assert latents[0].abs().max() <= 1 and latents[0].min() < -0.5
     assert torch.equal(seen[0][:6], real_images()) and torch.equal(seen[0][6:], seen[1])
@@ -213,14 +214,43 @@ def test_extra_updates_see_the_same_images_and_latents():
 def test_the_updates_wait_for_no_device():
     """On "meta" nothing has values; the comparison between them is the one that needs some."""
     G, D, opt_d, opt_g = small_pair("meta", fused=False, dropout=0.2)
-    args = settings(augment="colour,translation,cutout")
+    augment = common.Augment("need").to("meta")
     fake = G(torch.rand(6, 8, device="meta") * 2 - 1)
     results = [
-        *train_balanced.update_d(D, opt_d, real_images().to("meta"), fake, args),
-        *train_balanced.update_g(G, D, opt_g, fake, args),
+        *train_balanced.update_d(D, opt_d, augment, real_images().to("meta"), fake),
+        *train_balanced.update_g(G, D, opt_g, augment, fake),
     ]
     assert all(result.is_meta and not result.requires_grad for result in results)
     assert all(p.requires_grad for p in D.parameters())
+
+
+def test_both_networks_see_augmented_images_only():
+    G, D, opt_d, opt_g = small_pair(lr=0.0)
+    judged, made, told = [], [], []
+    D.register_forward_hook(lambda _, x, __: judged.append(x[0].detach()))
+    G.register_forward_hook(lambda _, __, images: made.append(images.detach()))
+    augment = lambda images: images + 10
+    augment.update, augment.p = told.append, torch.tensor(0.25)
+    stats = train_step(G, D, opt_d, opt_g, augment, real_images(), settings(max_extra=1, margin=0))
+    both = torch.cat([real_images(), made[0]])
+    assert torch.equal(judged[0], both + 10) and torch.equal(judged[1], made[0] + 10)
+    for extra in judged[2:]:
+        assert torch.equal(extra, (both if stats["extra_d"] else made[-1]) + 10)
+    assert len(judged) == 3 and len(told) == 1 + stats["extra_d"]
+    torch.testing.assert_close(told[0].sigmoid().mean(), stats["d_real"])
+
+
+def test_weights_begin_as_in_dcgan():
+    G = Generator(32, width=32, z_dim=100)
+    train_balanced.init_weights(G)
+    linear, norm, _ = G.project
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.03) and not linear.bias.any()
+    assert norm.weight.mean().item() == pytest.approx(1, abs=0.002)
+    assert norm.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for layer in G.layers:
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            assert not layer.bias.any()
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -230,7 +260,7 @@ def test_a_run_counts_extra_updates_and_says_when_they_do_not_suffice(imgs, caps
     run = train(path=imgs, **TINY, lrg=0.0, lrd=1e-2, margin=0.0, max_extra=2)
     header, *rows = (run / "metrics.csv").read_text().splitlines()
     columns = dict(zip(header.split(","), zip(*(map(float, row.split(",")) for row in rows))))
-    assert set(columns) == {*common.COLUMNS, "extra_d", "extra_g", "bound"}
+    assert set(columns) == {*common.COLUMNS, "extra_d", "extra_g", "bound", "p"}
     assert max(columns["extra_g"]) == 2 and max(columns["bound"]) == 1
     out = capsys.readouterr().out
     assert "in most steps G stays behind D even with 2 extra updates: raise --lrg" in out

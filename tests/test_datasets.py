@@ -15,7 +15,9 @@ import pytest
 
 import common
 
-IMAGES, LABELS = common.MNIST
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+HEADERS = {IMAGES: "000008030000ea600000001c0000001c", LABELS: "000008010000ea60"}
+ARCHIVE = "cifar-10-binary.tar.gz"
 
 
 def mnist_files():
@@ -23,8 +25,8 @@ def mnist_files():
     rng = np.random.default_rng(0)
     pixels = rng.integers(256, size=60_000 * 784, dtype=np.uint8).tobytes()
     labels = (np.arange(60_000) % 10).astype(np.uint8).tobytes()
-    contents = zip(common.MNIST.items(), (pixels, labels))
-    return {name: bytes.fromhex(header) + body for (name, (header, _)), body in contents}
+    bodies = (pixels, labels)
+    return {name: bytes.fromhex(HEADERS[name]) + body for name, body in zip(HEADERS, bodies)}
 
 
 def cifar10_archive(members=None):
@@ -99,19 +101,35 @@ def test_nothing_of_an_archive_is_written_outside_or_inside():
 
 
 def test_labels_sizes_and_channels(mnist, monkeypatch):
-    images = np.arange(20 * 28 * 28, dtype=np.uint8).reshape(20, 28, 28, 1)
-    monkeypatch.setattr(common, "read_dataset", lambda *_: (images, np.arange(20) % 10))
+    images = np.arange(20 * 28 * 28, dtype=np.uint8).reshape(20, 28, 28)
+    contents = {IMAGES: images, LABELS: np.arange(20, dtype=np.uint8) % 10}
+    find = lambda name, *_: contents[name.removesuffix(".gz")]
+    monkeypatch.setattr(common, "find_or_download", find)
     import train_dcgan
     import train_fcgan
 
     load = lambda get_args, *argv: common.load_data(get_args(["--dataset=mnist", *argv]))
-    np.testing.assert_array_equal(load(train_fcgan.get_args), images)
-    np.testing.assert_array_equal(
-        load(train_fcgan.get_args, "--label", "3", "7"), images[[3, 7, 13, 17]]
-    )
-    assert load(train_dcgan.get_args, "--channels=3").shape == (20, 32, 32, 3)
+    ours, labels = load(train_fcgan.get_args)
+    np.testing.assert_array_equal(ours, images[..., None])
+    assert labels.tolist() == [*range(10)] * 2 and labels.dtype == np.int64
+    ours, labels = load(train_fcgan.get_args, "--label", "3", "7")
+    np.testing.assert_array_equal(ours, images[[3, 7, 13, 17], ..., None])
+    assert labels.tolist() == [3, 7, 3, 7]
+    assert len(common.load_data(train_fcgan.get_args(["--label", "7"]))[0]) == 2  # of its default
+    assert load(train_dcgan.get_args, "--channels=3")[0].shape == (20, 32, 32, 3)
+    assert not Path(".cache").exists()
     with pytest.raises(common.UserError, match="--label needs --dataset mnist or cifar10"):
-        train_fcgan.get_args(["--path=imgs", "--label", "3"])
+        common.load_data(train_fcgan.get_args(["--path=imgs", "--label", "3"]))
+
+
+def test_the_label_of_a_drawn_character_is_its_place_in_the_list():
+    """Those of one label look alike, whatever their colours: outlines are compared."""
+    images, labels = common.read_dataset("glyphs", image_size=16, channels="1")
+    sharp = np.abs(images - np.median(images, (1, 2), keepdims=True)).reshape(len(images), -1)
+    sharp = sharp / np.linalg.norm(sharp, axis=1, keepdims=True)
+    means = np.stack([sharp[:2400][labels[:2400] == i].mean(0) for i in range(len(common.GLYPHS))])
+    guesses = (sharp[2400:] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(1)
+    assert (guesses == labels[2400:]).mean() > 0.8  # by chance 0.08
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -150,14 +168,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(mnist, monkeypatch):
-    packed = {f"{name}.gz": gzip.compress(content, 0) for name, content in mnist.items()}
-    archive = {"cifar-10-binary.tar.gz": cifar10_archive()}
-    server = Server(packed | archive)
-    sums = {n: (h, hashlib.sha256(mnist[n]).hexdigest()) for n, (h, _) in common.MNIST.items()}
-    monkeypatch.setattr(common, "MNIST", sums)
-    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(*archive.values()).hexdigest())
-    addresses = {"mnist": (server.address,), "cifar10": (server.address,)}
-    monkeypatch.setattr(common, "ADDRESSES", addresses)
+    files = {f"{name}.gz": gzip.compress(content, 0) for name, content in mnist.items()}
+    files[ARCHIVE] = cifar10_archive()
+    server = Server(files)
+    sums = {n: (server.address, hashlib.sha256(file).hexdigest()) for n, file in files.items()}
+    assert sums.keys() == common.FILES.keys()
+    monkeypatch.setattr(common, "FILES", sums)
     yield server
     server.shutdown()
 
@@ -172,7 +188,7 @@ def test_a_download_happens_once(server, dataset, files, capsys):
 
 
 @pytest.mark.parametrize(
-    "trouble, message", [("cut", "bytes came"), ("wrong", "wrong|gzip"), ("missing", "404")]
+    "trouble, message", [("cut", "hash|IncompleteRead"), ("wrong", "hash"), ("missing", "404")]
 )
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_a_failed_download_leaves_nothing_and_the_next_start_works(
@@ -181,25 +197,10 @@ def test_a_failed_download_leaves_nothing_and_the_next_start_works(
     server.trouble = trouble
     with pytest.raises(common.UserError, match=message) as error:
         common.read_dataset(dataset, "data")
-    assert server.address in str(error.value) and "put it there" in str(error.value)
+    assert server.address in str(error.value) and "put it into data" in str(error.value)
     assert "\n" not in str(error.value) and not list(Path("data").iterdir())
     server.trouble = ""
     assert len(common.read_dataset(dataset, "data")[0]) in (50_000, 60_000)
-
-
-def test_the_second_address_is_tried(server, monkeypatch):
-    addresses = {"mnist": ("http://127.0.0.1:1/", server.address)}
-    monkeypatch.setattr(common, "ADDRESSES", addresses)
-    assert len(common.read_dataset("mnist", "data")[0]) == 60_000
-
-
-def test_an_archive_with_a_member_outside_is_refused(server, monkeypatch):
-    evil = cifar10_archive({"../x": b"evil"})
-    server.files["cifar-10-binary.tar.gz"] = evil
-    monkeypatch.setattr(common, "CIFAR10_MD5", hashlib.md5(evil).hexdigest())
-    with pytest.raises(common.UserError, match="data_batch_1.bin"):
-        common.read_dataset("cifar10", "data")
-    assert not Path("x").exists() and not list(Path("data").iterdir())
 
 
 def test_real_mnist(real_data):
@@ -209,5 +210,3 @@ def test_real_mnist(real_data):
         *(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)  # as published
     ]
     assert images.mean() / 255 == pytest.approx(0.1307, abs=1e-4)
-    for name in common.MNIST:
-        common.read_mnist(Path("data", f"{name}.gz"), verify=True)

@@ -31,12 +31,13 @@ def pixels(path):
 def test_an_image_is_the_same_whatever_is_made_beside_it(run, monkeypatch):
     call(monkeypatch, "--img_num=70", "--save_path=many")
     call(monkeypatch, "--img_num=3", "--save_path=few", "--load_path", run / "generator_0001.pt")
-    assert len(list(Path("many").iterdir())) == 70 and len(list(Path("few").iterdir())) == 3
+    count = lambda folder: len(list(Path(folder).glob("*.png")))
+    assert count("many") == 70 and count("few") == 3
     for i in range(3):
         name = f"seed0_{i:06d}.png"
         assert Path("many", name).read_bytes() == Path("few", name).read_bytes()
     call(monkeypatch, "--img_num=3", "--seed=1", "--save_path=few")
-    assert len(list(Path("few").iterdir())) == 6
+    assert count("few") == 6
     assert (pixels("few/seed1_000000.png") != pixels("few/seed0_000000.png")).any()
 
 
@@ -94,6 +95,65 @@ def test_nearest_finds_a_copy(run, monkeypatch):
     real = common.load_images("imgs", 16)
     assert any((pairs[2:18, 20:36] == image).all() for image in real)
     assert (pairs[2:18, 2:18] == pixels("generated/dcgan-imgs/seed0_000000.png")).all()
+
+
+def test_images_of_another_run_are_not_overwritten(run, monkeypatch, capsys):
+    call(monkeypatch, "--img_num=2", "--save_path=mine")
+    before = {path: path.read_bytes() for path in Path("mine").iterdir()}
+    settings = {"image_size": 16, "width": 4, "z_dim": 8, "batch_size": 8, "epochs": 1}
+    other = train_dcgan.train(path="imgs", seed=1, **settings)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, f"--load_path={other}", "--img_num=2", "--save_path=mine")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert f"mine holds images of {run.resolve()}: pass another --save_path" in error
+    assert before == {path: path.read_bytes() for path in Path("mine").iterdir()}
+    call(monkeypatch, f"--load_path={run}", "--img_num=3", "--save_path=mine")  # its own: more
+    assert len(list(Path("mine").glob("*.png"))) == 3
+
+
+def test_many_images_show_their_progress(run, monkeypatch, capsys):
+    call(monkeypatch, "--img_num=130", "--save_path=many")
+    assert "130 of 130 images" in capsys.readouterr().out
+
+
+def test_label_needs_a_generator_that_knows_classes(run, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, "--label=7")
+    assert exit.value.code == 2 and not Path("generated").exists()
+    assert capsys.readouterr().err == f"error: --label 7: {run} knows no classes\n"
+
+
+def test_a_class_is_asked_for_by_its_number(run, monkeypatch, capsys):
+    """Of a snapshot whose latents end in one of three classes."""
+    snapshot = torch.load(run / "generator_0001.pt", weights_only=True)
+    latent = {"dim": 5, "distribution": "normal", "classes": 3}
+    torch.save(snapshot | {"z": latent}, "classes.pt")
+    G, z = generate.load_generator("classes.pt")
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "generate", lambda G, z: asked.append(z))
+        generate.sample(G, z, range(6), seed=3)
+        generate.sample(G, z, range(6), seed=3, label=2)
+    assert asked[0][:, 5:].argmax(1).tolist() == [0, 1, 2, 0, 1, 2]
+    assert asked[1][:, 5:].argmax(1).tolist() == [2] * 6
+    assert torch.equal(asked[0][:, :5], asked[1][:, :5])
+    for label in (0, 2):
+        call(monkeypatch, "--load_path=classes.pt", f"--label={label}", f"--save_path=of{label}")
+    names = [path.name for path in Path("of0").glob("*.png")]
+    assert len(names) == 16
+    assert all((pixels(f"of0/{name}") != pixels(f"of2/{name}")).any() for name in names)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--load_path=classes.pt", "--label=3")
+    assert capsys.readouterr().err == "error: --label 3: classes.pt knows 3 classes\n"
+
+
+def test_the_way_between_classes_is_straight():
+    latent = {"dim": 5, "distribution": "normal", "classes": 3}
+    way = generate.interpolations(latent, 0, 2)[:, 5:]
+    share = torch.linspace(0, 1, generate.FRAMES)
+    torch.testing.assert_close(way, torch.stack([1 - share, share, 0 * share], 1))
 
 
 class Trap:

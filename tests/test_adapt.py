@@ -1,0 +1,533 @@
+"""Copies of train_dcgan.py with a few lines changed, from the first step to generated images.
+
+Here is held what README, "Your own variant", and docs/adapt.md promise to such a copy. Each is
+killed in mid-run with SIGKILL, resumed, and repeated with --config: both ends must have the same
+bits. The class-conditional copy is made from the patch in docs/adapt.md.
+"""
+
+import csv
+import difflib
+import functools
+import importlib.util
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_fid import SmallNetwork
+from test_run import assert_equal, assert_same_run
+
+import common
+import fid
+import generate
+
+SMALL = ["--image_size=16", "--width=4", "--z_dim=8", "--batch_size=8", "--epochs=3"]
+STEPS, KILL = 9, 5  # of 24 images; the kill comes after the first epoch and within the second
+FEW = """
+import functools, os, signal, sys
+import common
+common.draw_glyphs = functools.partial(common.draw_glyphs, n=24, seed=11)
+common.SAVE_AFTER = common.REST = -1  # a checkpoint after every step
+"""
+KILLED = f"""{FEW}
+end_step = common.Run.end_step
+def last(run, stats):
+    end_step(run, stats)
+    if run.step == {KILL}:
+        os.kill(os.getpid(), signal.SIGKILL)
+common.Run.end_step = last
+"""
+
+
+@pytest.fixture(autouse=True)
+def workplace(imgs, monkeypatch):
+    """The test's folder as a user's: copies of common.py and generate.py, 24 images or glyphs."""
+    for name in ("common.py", "generate.py"):
+        shutil.copy(ROOT / name, name)
+    monkeypatch.setattr(generate, "__file__", str(Path("generate.py").resolve()))
+    monkeypatch.setattr(common, "draw_glyphs", functools.partial(common.draw_glyphs, n=24, seed=11))
+
+
+def adapt(changes, most, name="train_mine"):
+    """Make a copy of train_dcgan.py with these texts replaced, in `most` lines; returns it."""
+    before = after = (ROOT / "train_dcgan.py").read_text()
+    for old, new in changes.items():
+        assert before.count(old) == 1, old
+        after = after.replace(old, new)
+    matcher = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    changed = [max(b - a, d - c) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal"]
+    assert sum(changed) <= most, f"{sum(changed)} changed lines"
+    Path(f"{name}.py").write_text(after)
+    spec = importlib.util.spec_from_file_location(name, f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python(*words, code=0):
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def train_until_killed(name, *flags):
+    script = f"{KILLED}\nimport {name}\n{name}.train(*sys.argv[1:])"
+    python("-c", script, *SMALL, *flags, code=-signal.SIGKILL)
+
+
+def run_main(module, *argv):
+    """As a command line; SystemExit in place of an exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        module.main()
+
+
+def take_through(mine, *flags):
+    """Train, kill, --resume, --config, generate.py, with what must be so; returns the run."""
+    data = [] if "--dataset=glyphs" in flags else ["--path=imgs"]
+    train_until_killed(mine.__name__, *data, *flags)
+    run = next(Path("runs").iterdir())
+    assert common.load_file(run / "checkpoint.pt")["step"] == KILL
+    assert mine.train("--resume") == run
+    again = mine.train(f"--config={run}/config.ini")
+    assert_same_run(run, again)
+    assert common.load_file(run / "checkpoint.pt")["step"] == STEPS
+    assert [int(row["step"]) for row in read(run / "metrics.csv")] == [*range(1, STEPS + 1)]
+    run_main(generate, "--load_path", run, "--img_num=4")
+    grid = np.asarray(Image.open(run / "samples/epoch_0003.png"))
+    for number in range(4):
+        single = Image.open(f"generated/{run.name}/seed0_{number:06d}.png")
+        assert (np.asarray(single) == cell(grid, number)).all()
+    assert panels(run) > 0
+    return run
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def cell(grid, number, side=16):
+    row, column = divmod(number, 8)
+    top, left = 2 + row * (side + 2), 2 + column * (side + 2)
+    return grid[top : top + side, left : left + side]
+
+
+def panels(run):
+    """The number of panels of losses.png; a curve is in each."""
+    pixels = np.asarray(Image.open(run / "losses.png"))
+    count, rest = divmod(len(pixels), 300)
+    blue = (31, 119, 180)  # the first curve's, of common.COLOURS
+    assert rest == 0 and all((panel == blue).all(2).any() for panel in np.split(pixels, count))
+    return count
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+FLAGS = {
+    "import itertools\n": "import itertools\nfrom pathlib import Path\n",
+    '    add("--z_dim"': """    add("--anneal", action="store_true")
+    add("--warm-up", type=float)
+    add("--sides", nargs=2, type=int)
+    add("--notes", type=Path)
+    add("--curve", choices=["line", "cosine"], default="line")
+    add("--z_dim\"""",
+}
+TYPED = ["--anneal", "--warm-up=0.5", "--sides", "3", "4", "--notes=a b.txt", "--curve=cosine"]
+OWN = ("anneal", "warm_up", "sides", "notes", "curve")
+
+
+def own_values(args):
+    return [getattr(args, name) for name in OWN]
+
+
+@pytest.mark.parametrize("typed", [TYPED, []])
+def test_any_flag_comes_back(typed):
+    mine = adapt(FLAGS, most=6)
+    wanted = (
+        [True, 0.5, [3, 4], Path("a b.txt"), "cosine"] if typed else [False, *3 * [None], "line"]
+    )
+    assert own_values(mine.get_args([*typed, "--path=imgs"])) == wanted
+    run = take_through(mine, *typed) if typed else mine.train(*SMALL, "--path=imgs")
+    for again in (["--resume"], [f"--config={run}/config.ini"]):
+        args = mine.get_args(again)
+        assert own_values(args) == wanted and isinstance(args.notes, type(wanted[3]))
+    args = mine.get_args([f"--config={run}/config.ini", "--sides", "5", "6", "--curve=line"])
+    assert (args.sides, args.curve, args.warm_up) == ([5, 6], "line", wanted[1])
+
+
+BY_HAND = {
+    "norm = bach": "argument --norm: invalid choice: 'bach'",
+    "curve = circle": "argument --curve: invalid choice: 'circle'",
+    "anneal = maybe": "argument --anneal: write true or false",
+    "warm_up = soon": "argument --warm-up: invalid float value: 'soon'",
+    'sides = [3, "x"]': "argument --sides: invalid int value: 'x'",
+}
+
+
+def test_settings_of_own_flags_written_by_hand_are_checked():
+    mine, ini = adapt(FLAGS, most=6), Path("hand.ini")
+    ini.write_text("anneal = true\nwarm_up = 1e-3\nsides = [5, 6]\nnotes = b.txt\ncurve = cosine\n")
+    args = mine.get_args([f"--config={ini}"])
+    assert own_values(args) == [True, 0.001, [5, 6], Path("b.txt"), "cosine"]
+    for line, message in BY_HAND.items():
+        ini.write_text(line)
+        with pytest.raises(common.UserError, match=re.escape(message)):
+            mine.get_args([f"--config={ini}"])
+
+
+# --------------------------------------------------------------------------- optimisers and losses
+
+WGAN = {
+    "        loss_d = loss_real.mean() + F.softplus(logits_fake).mean()\n":
+    "        loss_d = logits_fake.mean() - logits_real.mean()\n",
+    "    loss_g = F.softplus(-logits_fake_g).mean()\n": "    loss_g = -logits_fake_g.mean()\n",
+}  # fmt: skip
+CLIPPING = {
+    "        opt_d.step()\n": """        opt_d.step()
+        for p in D.parameters():
+            p.data.clamp_(-0.01, 0.01)
+""",
+    "Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)":
+    "RMSprop(D.parameters(), args.lrd, momentum=0.5, centered=True)",
+    "Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)":
+    "RMSprop(G.parameters(), args.lrg)",
+}  # fmt: skip
+PENALTY = {
+    "def train_step(": '''def slope_penalty(D, real, fake):
+    """How far D's slope between real and fake images is from 1 (Gulrajani et al., 2017)."""
+    t = torch.rand(len(real), 1, 1, 1, device=real.device)
+    images = (t * real + (1 - t) * fake).detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(D(images).sum(), images, create_graph=True)
+    return (slopes.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
+
+
+def train_step(''',
+    "penalty = gamma / 2 * r1_penalty(D, seen) if gamma else 0.0\n":
+    "penalty = 10 * slope_penalty(D, seen, fake)\n",
+    'norm="none" if args.r1 else args.norm, alpha=args.alpha)': 'norm="none", alpha=args.alpha)',
+}  # fmt: skip
+
+
+def test_wgan_with_rmsprop_resumes():
+    mine = adapt(WGAN | CLIPPING, most=6)
+    run = common.load_file(take_through(mine, "--lrd=5e-5", "--lrg=5e-5") / "checkpoint.pt")
+    assert {*run["opt_d"]["state"][0]} == {"step", "square_avg", "momentum_buffer", "grad_avg"}
+    assert all(p.abs().max() <= 0.01 for p in run["D"].values() if p.dim() == 4)
+
+
+@pytest.mark.parametrize("rate", [4e-4, 0])
+def test_a_critic_is_not_said_to_have_won(rate, monkeypatch, capsys):
+    """Its loss may be negative, or below 0.1 in good health, or because it learns nothing."""
+    mine = adapt(WGAN | PENALTY, most=14)
+    run = take_through(mine) if rate else mine.train(*SMALL, "--path=imgs", "--lrd=0")
+    monkeypatch.setattr(common, "PATIENCE", 20)
+    longer = mine.train(f"--config={run}/config.ini", "--epochs=30", "--sample_every=30")
+    losses = [float(row["loss_d"]) for row in read(longer / "metrics.csv")]
+    assert any(loss < 0 for loss in losses) and len(losses) == 90
+    assert rate or all(0 < loss < 0.1 for loss in losses[-25:])  # D with a sigmoid has won then
+    assert "D has won" not in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+LAST = '        "p": augment.p.clone(),  # of each augmentation\n'
+
+
+def more(n):
+    lines = [f'        "own_{i}": logits_real.detach().mean() + {i},\n' for i in range(n)]
+    return {LAST: LAST + "".join(lines)}
+
+
+def test_five_more_statistics_become_columns_and_curves():
+    run = take_through(adapt(more(5), most=5))
+    row = read(run / "metrics.csv")[-1]
+    assert [*row] == [*common.COLUMNS, "p", *(f"own_{i}" for i in range(5))]
+    assert [float(row[f"own_{i}"]) - i for i in range(1, 5)] == pytest.approx(
+        4 * [float(row["own_0"])]
+    )
+    assert panels(run) == 2 + 6  # losses, D's answers, then one for each of the script's own
+
+
+@pytest.mark.parametrize("first, then, curves", [({}, more(1), 2 + 2), (more(1), {LAST: ""}, 2)])
+def test_statistics_may_come_and_go_before_resume(first, then, curves):
+    adapt(first, most=1)
+    train_until_killed("train_mine", "--path=imgs")
+    before = Path("runs/mine-imgs/metrics.csv").read_text()
+    mine = adapt(then, most=1)
+    run = mine.train("--resume")
+    whole = mine.train(f"--config={run}/config.ini")
+    assert Path(run, f"metrics_to_{KILL}.csv").read_text() == before
+    names = [*read(whole / "metrics.csv")[0]]
+    for name, last in (f"metrics_to_{KILL}.csv", KILL), ("metrics.csv", STEPS):
+        lines = [line.split(",") for line in Path(run, name).read_text().splitlines()]
+        assert {len(line) for line in lines} == {len(lines[0])}
+        assert int(lines[1][0]) == (1 if last == KILL else KILL + 1) and int(lines[-1][0]) == last
+        assert (lines[0] == names) == (last == STEPS)
+    assert panels(run) == curves
+    a, b = (common.load_file(folder / "checkpoint.pt") for folder in (run, whole))
+    assert_equal(a["G_ema"], b["G_ema"])
+
+
+def test_no_row_is_lost_when_a_new_statistic_is_taken_back():
+    """Killed after the change and before a checkpoint, then resumed without the change."""
+    mine = adapt({}, most=0)
+    train_until_killed("train_mine", "--path=imgs")
+    changed = adapt(more(1), most=1)
+    step, calls = changed.train_step, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ArithmeticError
+        return step(*arguments)
+
+    changed.train_step = failing
+    with pytest.raises(ArithmeticError):
+        changed.train("--resume")
+    run = mine.train("--resume")
+    parts = [run / f"metrics_to_{KILL}.csv", run / "metrics.csv"]
+    rows = [int(row["step"]) for path in parts if path.exists() for row in read(path)]
+    assert rows == [*range(1, STEPS + 1)]
+
+
+# -------------------------------------------------------------------------- what cannot be saved
+
+NUMPY = {"import itertools\n": "import itertools\nimport numpy as np\n"}
+ALPHA = '"alpha": args.alpha_g}\n'
+CULPRITS = {
+    "generator_args['width']": {ALPHA: ALPHA.replace("}", '} | {"width": np.int64(args.width)}')},
+    "z['dim']": {'"distribution": "normal"}': '"distribution": "normal"} | {"dim": np.int64(8)}'},
+}
+
+
+@pytest.mark.parametrize("culprit", CULPRITS)
+def test_what_cannot_be_saved_is_refused_before_the_first_step(culprit, monkeypatch, capsys):
+    mine = adapt(NUMPY | CULPRITS[culprit], most=2)
+    monkeypatch.setattr(mine, "train_step", None)
+    with pytest.raises(SystemExit) as exit:
+        run_main(mine, *SMALL, "--path=imgs")
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: cannot save runs/mine-imgs/checkpoint")
+    assert f"{culprit} is of type int64" in error and error.count("\n") == 1
+    assert not Path("runs/mine-imgs/checkpoint.pt").exists()
+
+
+# ------------------------------------------------------------------------------------ the average
+
+SPECTRAL = {
+    "import common\n": "import common\nfrom torch.nn.utils.parametrizations import spectral_norm\n",
+    "self.project = nn.Linear(z_dim, 4 * 4 * self.widths[0], bias=bias)":
+    "self.project = spectral_norm(nn.Linear(z_dim, 4 * 4 * self.widths[0], bias=bias))",
+    "layers.append(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=bias))":
+    "layers.append(spectral_norm(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=bias)))",
+    "layers += [nn.ConvTranspose2d(self.widths[-1], channels, 4, 2, 1)]":
+    "layers += [spectral_norm(nn.ConvTranspose2d(self.widths[-1], channels, 4, 2, 1))]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_spectral_norm_in_the_average_is_that_of_G(norm):
+    mine = adapt(SPECTRAL, most=4)
+    flags = f"--norm={norm}", "--lrg=0.01"
+    run = (
+        take_through(mine, *flags) if norm == "batch" else mine.train(*SMALL, "--path=imgs", *flags)
+    )
+    saved = common.load_file(run / "checkpoint.pt")
+    spectral = [name for name in saved["G"] if re.search(r"\.0\._[uv]$", name)]
+    assert len(spectral) == 2 * 3
+    G = mine.Generator(**saved["generator_args"])
+    G.load_state_dict(saved["G_ema"] | {name: saved["G"][name] for name in spectral})
+    G.to(memory_format=torch.channels_last).eval()
+    z = common.latents(saved["z"], 0, range(64))
+    images = common.generate(generate.load_generator(run)[0], z)
+    assert images.std() > 5 and (images == common.generate(G, z)).all()
+
+
+Z = "    for real in run.batches():\n"
+PICTURE = """        if {step} % run.steps_per_epoch == 0:
+            images = common.to_uint8(G_ema(z))
+            common.save_grid(images, run.folder / f"samples/mine_{{{epoch}:04d}}.png")
+"""
+END = "        run.end_step(stats)\n"
+PLACES = {
+    "after end_step": END + PICTURE.format(step="run.step", epoch="run.epoch"),
+    "before end_step": PICTURE.format(step="(run.step + 1)", epoch="run.epoch + 1") + END,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_G_ema_is_ready_wherever_it_is_used(place):
+    draw_z = "    z = common.latents(latent, args.seed, range(64)).to(device)\n"
+    mine = adapt({Z: draw_z + Z, END: PLACES[place]}, most=4)
+    if place == "after end_step":
+        run = take_through(mine)
+    else:  # one step an epoch: the samples of the epoch before have just used G_ema
+        run = mine.train(*SMALL, "--path=imgs", "--batch_size=24")
+    for epoch in (1, 2, 3):
+        paths = [run / f"samples/{name}_{epoch:04d}.png" for name in ("mine", "epoch")]
+        ours, theirs = map(Image.open, paths)
+        assert ours.tobytes() == theirs.tobytes(), epoch
+
+
+# ------------------------------------------------------------------------ classes: docs/adapt.md
+
+DOC = (ROOT / "docs/adapt.md").read_text(encoding="utf-8")
+(PATCH,) = re.findall(r"^```diff\n(.*?)^```", DOC, re.S | re.M)
+COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^    (\w+ .*)$", DOC, re.M)]
+CLASSES = 12
+
+
+def hunks():
+    """{old: new} of the patch in docs/adapt.md."""
+    changes = {}
+    for hunk in re.split(r"^@@.*\n", PATCH, flags=re.M)[1:]:
+        lines = [line or " " for line in hunk.splitlines()]
+        old, new = ("".join(f"{x[1:]}\n" for x in lines if x[0] != sign) for sign in "+-")
+        changes[old] = new
+    return changes
+
+
+def conditional():
+    return adapt(hunks(), most=30, name="train_conditional")
+
+
+def test_the_patch_of_the_document_applies_as_it_says():
+    copy, patch, *run = COMMANDS
+    assert copy == ["cp", "train_dcgan.py", "train_conditional.py"]
+    assert patch == ["patch", "train_conditional.py", "docs/adapt.md"]
+    assert {words[1] for words in run} == {"train_conditional.py", "generate.py", "fid.py"}
+    conditional()
+    if not shutil.which("patch"):
+        pytest.skip("patch is not installed")
+    shutil.copy(ROOT / "train_dcgan.py", "patched.py")
+    subprocess.run(["patch", "patched.py", ROOT / "docs/adapt.md"], check=True)
+    assert Path("patched.py").read_text() == Path("train_conditional.py").read_text()
+    assert not Path("patched.py.rej").exists()
+
+
+def test_classes_from_training_to_fid(monkeypatch, capsys):
+    """A run, then the commands of docs/adapt.md."""
+    mine = conditional()
+    run = take_through(mine, "--dataset=glyphs")
+    saved = common.load_file(run / "checkpoint.pt")
+    assert saved["z"] == {"dim": 8, "distribution": "normal", "classes": CLASSES}
+    G, z = generate.load_generator(run)
+    noise = common.latents({"dim": 8, "distribution": "normal"}, 0, range(64))
+    of = lambda label: torch.eye(CLASSES)[torch.as_tensor(label).expand(64)]
+    wanted = lambda label: common.generate(G, torch.cat([noise, of(label)], 1))
+    grid = np.asarray(Image.open(run / "samples/epoch_0003.png"))
+    in_turn = wanted(torch.arange(64) % CLASSES)
+    assert all((cell(grid, i) == in_turn[i]).all() for i in range(64))
+
+    monkeypatch.setattr(fid, "Inception", SmallNetwork)
+    measured = []
+    monkeypatch.setattr(fid, "frechet_distance", lambda *stats: measured.append(stats[2]) or 7.0)
+    output = {}
+    for _, script, *flags in COMMANDS[2:]:
+        if script == "train_conditional.py":
+            flags += ["--epochs=2"] if "--resume" in flags else [*SMALL, "--epochs=1"]
+        elif script == "fid.py":
+            flags += ["--features=random", "--img_num=24"]
+        capsys.readouterr()
+        run_main({"generate.py": generate, "fid.py": fid}.get(script, mine), *flags)
+        output[script] = capsys.readouterr().out
+    assert (
+        "FID 7.0000 between glyphs (24 images) and runs/conditional-glyphs (24" in output["fid.py"]
+    )
+    mu, *_ = fid.feature_stats(in_turn[:24], fid.load_inception("random")[0])
+    assert (measured[0] == mu).all()
+    assert "step 3 to 6" in output["train_conditional.py"]
+    assert (
+        len([*Path("only_H").glob("*.png")]) == 64
+        and Path("from_H_to_H-interpolation.gif").exists()
+    )
+
+    run_main(generate, "--load_path", run, "--label=3", "--save_path=of3", "--img_num=16")
+    singles = [np.asarray(Image.open(f"of3/seed0_{i:06d}.png")) for i in range(16)]
+    assert (np.stack(singles) == wanted(3)[:16]).all() and (wanted(3) != wanted(4)).any()
+    with pytest.raises(SystemExit):
+        run_main(generate, "--load_path", run, "--label=12")
+    assert f"--label 12: {run} knows 12 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", [None, 3])
+def test_interpolations_go_from_class_to_class_or_stay(label):
+    run = conditional().train(*SMALL, "--dataset=glyphs", "--epochs=1")
+    flags = [] if label is None else [f"--label={label}"]
+    run_main(generate, "--load_path", run, "--img_num=9", "--interpolate", *flags)
+    G, z = generate.load_generator(run)
+    ends = generate.sample(G, z, range(9), label=label).astype(int)
+    grid = np.asarray(Image.open(f"generated/{run.name}-interpolation.png")).astype(int)
+    rows, columns = (side // 18 for side in grid.shape[:2])
+    ways = grid[2:, 2:].reshape(rows, 18, columns, 18, 3).swapaxes(1, 2)[:, :, :16, :16]
+    assert np.abs(ways[:, 0] - ends[:-1]).max() <= 1 and np.abs(ways[:, -1] - ends[1:]).max() <= 1
+    assert np.abs(ways[:, 0] - ways[:, -1]).max() > 1
+
+
+def test_only_images_with_classes(capsys):
+    with pytest.raises(SystemExit):
+        run_main(conditional(), *SMALL, "--path=imgs")
+    assert "images without classes: pass --dataset" in capsys.readouterr().err
+
+
+def assert_classes_fit(seen, kinds):
+    """Of batches (N, C, H, W) and their one-hot classes: each image once, as its pixels say."""
+    images, labels = common.draw_glyphs(16)
+    class_of = {x.tobytes(): label for x, label in zip(images, labels) if label in kinds}
+    pixels = [x.tobytes() for real, _ in seen for x in common.to_uint8(real)]
+    assert sorted(pixels) == sorted(class_of)
+    assert [kinds[k] for _, y in seen for k in y.argmax(1)] == [class_of[x] for x in pixels]
+    assert all((y.sum(1) == 1).all() and y.shape[1] == len(kinds) for _, y in seen)
+
+
+@pytest.mark.parametrize("kinds", [[*range(CLASSES)], [1, 6, 7]])
+def test_each_image_comes_with_its_class(kinds):
+    mine, seen = conditional(), []
+    step = mine.train_step
+
+    def noting(*arguments):
+        seen.append(arguments[5:7])  # the images and their classes
+        return step(*arguments)
+
+    mine.train_step = noting
+    flags = [*SMALL, "--dataset=glyphs", "--epochs=2", "--k=2", "--batch_size=2"]
+    flags += ["--label", *map(str, kinds)] if len(kinds) < CLASSES else []
+    run = mine.train(*flags)
+    assert generate.load_generator(run)[1]["classes"] == len(kinds)
+    assert len(seen) % 2 == 0
+    for epoch in seen[: len(seen) // 2], seen[len(seen) // 2 :]:
+        assert_classes_fit(epoch, kinds)
+
+
+WORKER = f"""{FEW}
+import torch
+import train_conditional
+step = train_conditional.train_step
+def noting(*arguments):
+    torch.save(arguments[5:7], f"seen-{{arguments[7]}}-{{common.RANK}}.pt")
+    return step(*arguments)
+train_conditional.train_step = noting
+with common.exit_codes():
+    train_conditional.train(*sys.argv[1:])
+"""
+
+
+def test_each_image_comes_with_its_class_in_two_processes():
+    conditional()
+    Path("worker.py").write_text(WORKER)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py"]
+    flags = [*SMALL, "--dataset=glyphs", "--epochs=2", "--k=2", "--batch_size=6", "--device=cpu"]
+    python(*torchrun, *flags)
+    batches = [torch.load(f"seen-{i}-{rank}.pt") for i in range(4) for rank in range(2)]
+    assert all(len(real) == len(y) == 6 for real, y in batches)
+    assert_classes_fit(batches[:4], [*range(CLASSES)])  # an epoch
+    assert_classes_fit(batches[4:], [*range(CLASSES)])
