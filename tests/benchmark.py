@@ -130,15 +130,15 @@ def plain(G, D, items, image_size, batch_size, lr, workers, device, draw=None):
 
 def ours(train, **flags):
     """A training script as it is, in a thread that is held at the end of each step."""
-    go, done, log = threading.Semaphore(0), threading.Semaphore(0), common.Run.log
+    go, done, end_step = threading.Semaphore(0), threading.Semaphore(0), common.Run.end_step
 
-    def log_and_wait(run, stats):
-        log(run, stats)
+    def end_step_and_wait(run, stats):
+        end_step(run, stats)
         stats["loss_g"].item()  # on a GPU, the end of the step
         done.release()
         go.acquire()
 
-    common.Run.log = log_and_wait
+    common.Run.end_step = end_step_and_wait
     threading.Thread(target=train, kwargs=flags | {"sample_every": 10_000}, daemon=True).start()
     done.acquire()
     while True:
@@ -149,8 +149,8 @@ def ours(train, **flags):
 
 def plain_dcgan(args):
     G, D = train_dcgan.Generator(), train_dcgan.Discriminator()
-    common.init_weights(G)
-    common.init_weights(D)
+    train_dcgan.init_weights(G, "normal")
+    train_dcgan.init_weights(D, "normal")
     files = sorted(args.path.rglob("*.jpg"))
     return plain(G, D, files, 64, 64, 4e-4, 2, common.choose_device(args.device))
 
@@ -257,11 +257,11 @@ print(time.perf_counter() - start, images.nbytes / 1e6)
 """
 TRAIN = """
 import common, train_dcgan
-log = common.Run.log
-def log_and_stop(run, stats):
+end_step = common.Run.end_step
+def end_step_and_stop(run, stats):
     run.stop_asked = run.step == 30
-    log(run, stats)
-common.Run.log = log_and_stop
+    end_step(run, stats)
+common.Run.end_step = end_step_and_stop
 try:
     train_dcgan.train("--path=imgs", "--width=8", "--out=run")
 except KeyboardInterrupt:
@@ -271,13 +271,13 @@ print(int(status["RssAnon"].split()[0]) / 1e3)
 """
 STEPS = """
 import time, common, train_dcgan
-times, log = [], common.Run.log
+times, end_step = [], common.Run.end_step
 def timed(run, stats):
-    log(run, stats)
+    end_step(run, stats)
     stats["loss_g"].item()
     times.append(time.perf_counter())
     run.stop_asked = run.step == 8
-common.Run.log = timed
+common.Run.end_step = timed
 try:
     sizes = ["--image_size={size}", "--width=64", "--batch_size=64"]
     train_dcgan.train("--dataset=glyphs", *sizes, "--augment=none")

@@ -31,11 +31,10 @@ import train_balanced
 import train_dcgan
 import train_fcgan
 
-ROOT = Path(common.__file__).parent
 STANDIN = sys.modules.get("standin_gpu")
-NETS = ("G", "D", "G_ema")
-IMAGES, WARM, ROUNDS = 1024, 20, 100  # of noise; steps before and while the clock runs
 SETTINGS = {"dataset": "glyphs", "device": "cuda", "image_size": 64, "batch_size": 32, "width": 64}
+IMAGES, WARM, ROUNDS = 4800, 20, 100  # of noise; steps before and while the clock runs
+CYCLE = train_dcgan.R1_EVERY  # steps whose waits and kernels are counted, a penalty among them
 
 
 @contextlib.contextmanager
@@ -59,8 +58,8 @@ def waiting():
 def noise(args):
     """In the place of common.load_data: images of noise."""
     args.fingerprint, side = "noise", args.image_size
-    rng, n = np.random.default_rng(0), max(IMAGES, 2 * args.batch_size)
-    return rng.integers(256, size=(n, side, side, 3), dtype=np.uint8), None
+    rng = np.random.default_rng(0)
+    return rng.integers(256, size=(IMAGES, side, side, 3), dtype=np.uint8), None
 
 
 class Probe(common.Run):
@@ -86,24 +85,25 @@ class Probe(common.Run):
         queued = time.perf_counter() - start
         torch.cuda.synchronize()
         done = time.perf_counter() - start
-        with waiting() as waits:
-            yield from self.some(4)
         self.found |= {"queued": queued / ROUNDS * 1e3, "done": done / ROUNDS * 1e3}  # ms
-        self.found |= {"speed": self.images_per_step * ROUNDS / done, "waits": waits() / 4}
+        self.found |= {"speed": self.images_per_step * ROUNDS / done}
+        with waiting() as waits:
+            yield from self.some(CYCLE)
+        self.found |= {"waits": waits() / CYCLE}
         if self.profiled:
             cuda = torch.profiler.ProfilerActivity.CUDA
             with torch.profiler.profile(activities=[cuda]) as seen:
-                yield from self.some(10)
+                yield from self.some(CYCLE)
                 torch.cuda.synchronize()
             events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            self.found["kernels"] = len(events) / 10
-            self.found["busy"] = sum(e.self_device_time_total for e in events) / 1e4
+            busy = sum(event.self_device_time_total for event in events) / 1e3
+            self.found |= {"kernels": len(events) / CYCLE, "busy": busy / CYCLE}
 
 
 def measure(script, plain=False, profiled=False, each_step=lambda: None, **flags):
     """What Probe finds in this script with these flags; `plain`: not in channels_last."""
     if script is train_fcgan:
-        flags = {"hidden_g": "128,256,512,1024", "image_size": 28, "width": None} | flags
+        flags = {"image_size": 28, "width": None} | flags
     flags = {name: v for name, v in (SETTINGS | flags).items() if v is not None}
     found = {}
 
@@ -129,7 +129,7 @@ def row(name, tell):
         what = tell()
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    print(f"{name:<58} {what}", flush=True)
+    print(f"{name:<62} {what}", flush=True)
     torch.cuda.empty_cache()
 
 
@@ -146,11 +146,9 @@ def steps(small):
         waits = lambda: f"{measure(script, flip=True, **flags)['waits']:g}; {expected} expected"
         row(f"waits a step: {script.__name__}, {flags}", waits)
     for script in () if STANDIN else scripts:
-        form = "{kernels:.0f}, in {busy:.2f} of {done:.2f} ms"
-        row(
-            f"kernels a step: {script.__name__}",
-            lambda: form.format(**measure(script, profiled=True)),
-        )
+        form = "{kernels:.0f}, {busy:.2f} ms of work in {done:.2f} ms"
+        kernels = lambda: form.format(**measure(script, profiled=True))
+        row(f"kernels a step: {script.__name__}", kernels)
     for precision in ("bf16", "fp32"):
         for plain in (False, True):
             for times in (1,) if small else (1, 2, 4):
@@ -161,7 +159,7 @@ def steps(small):
     variants += [{"k": 2}, {"flip": True}] + [{"compile": True}] * (not small)
     for flags in variants:
         speed(f"dcgan {flags}", **flags)
-    for every in (10**9, train_dcgan.R1_EVERY, 1):
+    for every in (10**9, CYCLE, 1):
         with mock.patch.object(train_dcgan, "R1_EVERY", every):
             speed(f"dcgan --r1 1, a penalty every {every} steps", r1=1.0)
     speed("dcgan, torch.manual_seed in each step", each_step=lambda: torch.manual_seed(0))
@@ -177,7 +175,7 @@ def trained(**flags):
 def difference(a, b):
     """Of two runs: "the same bits", or by how much their weights differ."""
     a, b = (common.load_file(Path(run, "checkpoint.pt")) for run in (a, b))
-    pairs = [(a[net][name], b[net][name]) for net in NETS for name in a[net]]
+    pairs = [(a[net][name], b[net][name]) for net in ("G", "D", "G_ema") for name in a[net]]
     apart = max((x.double() - y.double()).abs().max().item() for x, y in pairs)
     return f"weights differ by up to {apart:.2g}" if apart else "the same bits"
 
@@ -194,28 +192,27 @@ def last_grid(device):
 
 def bits():
     """Do two runs, one in two parts, and images drawn later agree?"""
-    flags = SETTINGS | {"epochs": 4}
+    flags = SETTINGS | {"epochs": 2}
     pair = lambda a, b: difference(trained(**flags, out=a), trained(**flags, out=b))
-    parts = lambda: trained(**flags | {"epochs": 2}, out="parts")
-    resumed = lambda: difference("whole", trained(resume=parts(), epochs=4))
+    parts = lambda: trained(**flags | {"epochs": 1}, out="parts")
     with mock.patch.object(common, "load_data", noise):
         row("two runs", lambda: pair("whole", "twin"))
+        row("--resume", lambda: difference("whole", trained(resume=parts(), epochs=2)))
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             row("two runs with cudnn.deterministic", lambda: pair("exact", "exact-twin"))
-        row("a run in two parts: --resume", resumed)
-    row("generate.py and the last grid, GPU", lambda: last_grid("cuda"))
+    row("generate.py on the GPU and the last grid", lambda: last_grid("cuda"))
     row("generate.py on the CPU and the last grid", lambda: last_grid("cpu"))
-
-
-def ends(*command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    lines = done.stderr.splitlines() or [""]
-    return f"exit code {done.returncode}, {len(lines)} lines, the last: {lines[-1][:90]}"
 
 
 def processes():
     """In processes of their own: a GPU that is nearly full, and torchrun."""
-    script, large = str(ROOT / "train_dcgan.py"), ["--image_size=128", "--batch_size=1024"]
+
+    def ends(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        lines = done.stderr.splitlines() or [""]
+        return f"exit code {done.returncode}, {len(lines)} lines, the last: {lines[-1][:90]}"
+
+    script, large = train_dcgan.__file__, ("--image_size=128", "--batch_size=1024")
     for left in (4000, 1000, 600, 400, 200):  # MB: cuDNN's buffers, cuBLAS's, the context's
         room = max(0, torch.cuda.mem_get_info()[0] - left * 10**6)
         ballast = torch.empty(room, dtype=torch.uint8, device="cuda")
@@ -235,11 +232,11 @@ def main():
         print("no GPU that this torch can use: nothing to measure", file=sys.stderr)
         sys.exit(2)
     if small:
-        IMAGES, WARM, ROUNDS = 96, 1, 2
+        IMAGES, WARM, ROUNDS = 168, 1, 2
         SETTINGS.update(image_size=16, batch_size=8, width=4)
-    card = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    card, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     memory = "{:,.0f} of {:,.0f} MB free".format(*np.divide(torch.cuda.mem_get_info(), 1e6))
-    row("card", lambda: f"{card[0]}, sm_{card[1][0]}{card[1][1]}, {memory}")
+    row("card", lambda: f"{card}, sm_{major}{minor}, {memory}")
     row("python, torch", lambda: f"{platform.python_version()}, {torch.__version__}")
     row("CUDA, cuDNN", lambda: f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

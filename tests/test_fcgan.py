@@ -2,6 +2,7 @@
 
 import copy
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,9 +98,8 @@ def test_flipped_labels_mean_what_the_words_say():
     """Real is 0: D's own output falls for real images, while d_real, P(real), rises."""
     G, D, opt_d, opt_g = small_pair()
     before = copy.deepcopy(D)
-    first = [
-        train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(flip_labels=True)) for _ in range(9)
-    ]
+    args = settings(flip_labels=True)
+    first = [train_step(G, D, opt_d, opt_g, NONE, real_images(), args) for _ in range(9)]
     assert D(real_images()).mean() < before(real_images()).mean()
     assert first[-1]["d_real"] > first[0]["d_real"]
 
@@ -122,7 +122,8 @@ def test_d_sees_augmented_images_only_and_augmentation_hears_how_sure_of_the_rea
     G.register_forward_hook(lambda _, __, images: made.append(images.detach()))
     augment = lambda images: images + 10
     augment.update, augment.p = told.append, torch.tensor(0.25)
-    stats = train_step(G, D, opt_d, opt_g, augment, real_images(), settings(flip_labels=flip_labels))
+    args = settings(flip_labels=flip_labels)
+    stats = train_step(G, D, opt_d, opt_g, augment, real_images(), args)
     assert torch.equal(judged[0], torch.cat([real_images(), made[0]]) + 10)
     assert torch.equal(judged[1], made[0] + 10) and len(judged) == 2
     torch.testing.assert_close(told[0].sigmoid().mean(), stats["d_real"])
@@ -155,6 +156,4 @@ def test_without_tensorboard_one_line_says_how_to_get_it(imgs, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(common.UserError, match="pip install tensorboard"):
         train_fcgan.train(path="imgs", image_size=16, tensorboard=True)
-    import pathlib
-
-    assert not pathlib.Path("runs").exists()
+    assert not Path("runs").exists()

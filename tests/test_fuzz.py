@@ -6,6 +6,7 @@ The suite tries a few hundred inputs; the long form, and how many it tried:
 """
 
 import io
+import json
 import os
 import string
 import warnings
@@ -32,6 +33,12 @@ odd_texts = st.sampled_from(
 )
 
 
+def write_ini(path, chosen):
+    """As Run writes config.ini."""
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in chosen.items()]
+    path.write_text(f"[train_dcgan]\n{''.join(lines)}", encoding="utf-8")
+
+
 @settings(quietly, max_examples=min(COUNT, 2000))
 @given(
     path=st.one_of(texts, odd_texts),
@@ -42,13 +49,16 @@ odd_texts = st.sampled_from(
 )
 def test_settings_survive_flags_and_ini(path, epochs, lrd, flip, label, tmp_path):
     chosen = {"path": path, "epochs": epochs, "lrd": lrd, "flip": flip}
-    typed = train_dcgan.get_args(common.as_argv(chosen))
+    words = [f"--{name}={value}" for name, value in chosen.items() if name != "flip"]
+    typed = train_dcgan.get_args([*words, "--flip" if flip else "--no-flip"])
+    given = train_dcgan.get_args([], **chosen)  # as from Python
+    assert common.settings_of(typed) == common.settings_of(given)
     assert {name: getattr(typed, name) for name in chosen} == chosen
     ini = tmp_path / "config.ini"
-    common.write_ini(ini, "train_dcgan", common.settings_of(typed))
+    write_ini(ini, common.settings_of(typed))
     again = train_dcgan.get_args([f"--config={ini}"])
     assert common.settings_of(again) == common.settings_of(typed)
-    common.write_ini(ini, "x", {"dataset": "mnist", "label": label})
+    write_ini(ini, {"dataset": "mnist", "label": label})
     assert train_dcgan.get_args([f"--config={ini}"]).label == label
 
 
@@ -116,8 +126,8 @@ def test_damaged_images_are_decoded_or_refused(original, changes, keep, image_si
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels, _ = common.decode(file, image_size, channels)
-    except Exception as error:  # what decode_all lists
+            pixels = common.decode(file, image_size, channels)
+    except Exception as error:  # what load_images lists
         assert not isinstance(error, AssertionError)
         return
     TRIED[-1] = 1

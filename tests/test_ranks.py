@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_run import assert_equal
 
 import common
 import train_dcgan
@@ -23,7 +24,7 @@ import train_dcgan
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORKER = str(ROOT / "tests/rank_worker.py")
 TINY = ["--image_size=16", "--z_dim=8", "--batch_size=12", "--channels=1", "--precision=fp32"]
-PLAIN = ["--norm=none", "--augment=colour,translation,cutout", "--flip"]  # nothing per rank in it
+PLAIN = ["--norm=none", "--augment=none", "--flip"]  # nothing per rank in it, z being the same
 STILL = ["--lrd=0", "--lrg=0", "--epochs=1"]
 SCENARIOS = [
     ["train_dcgan", *TINY, *PLAIN, *STILL, "--width=4", "--k=2", "--r1=1", "--path=imgs",
@@ -70,10 +71,11 @@ def noted(run, ranks):
 
 
 def assert_same_tensors(a, b, **tolerance):
-    tolerance = tolerance or {"rtol": 0, "atol": 0}
-    for name in a:
+    """Of two lists, or dicts, of lists of tensors; to the bit unless a tolerance is given."""
+    assert len(a) == len(b) > 0
+    for name in a if isinstance(a, dict) else range(len(a)):
         for x, y in zip(a[name], b[name], strict=True):
-            torch.testing.assert_close(x, y, **tolerance)
+            torch.testing.assert_close(x, y, **tolerance or {"rtol": 0, "atol": 0})
 
 
 def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
@@ -99,17 +101,26 @@ def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
             for part in parts[1:]:
                 assert part["written"] == [] and part["step"] == alone["step"]
                 assert_same_tensors(part["weights"], parts[0]["weights"])
-            together = torch.cat([part["seen"] for part in parts])[:, 0, 0, 0]
+                assert_same_tensors(part["averaged"], parts[0]["averaged"])
+            own = [[torch.stack(each).mean(0) for each in zip(*grads, strict=True)]
+                   for grads in zip(*(part["own"] for part in parts), strict=True)]  # fmt: skip
+            assert_same_tensors(parts[0]["averaged"], own, rtol=1e-5, atol=1e-7)
+            together = torch.cat([part["numbers"] for part in parts])
             assert len(together) == len(set(together.tolist())) == 24  # each once an epoch
-            assert set(together.tolist()) == set(alone["seen"][:, 0, 0, 0].tolist())
-            if run in ("dcgan", "fcgan"):
+            assert set(together.tolist()) == set(alone["numbers"].tolist())
+            for part in (alone, *parts):
+                levels = (part["seen"][:, 0, 0, 0] + 1) * 127.5
+                assert torch.equal(levels.round().long() // 8, part["numbers"])
+            if run in ("dcgan", "fcgan"):  # nothing random enters: the gradients of one process
                 for part in parts:
-                    assert_same_tensors(part["grads"], alone["grads"], rtol=1e-4, atol=1e-6)
+                    assert_same_tensors(part["averaged"], alone["own"], rtol=1e-4, atol=1e-6)
                 rows = [np.loadtxt(f"{name}/metrics.csv", delimiter=",", skiprows=1, ndmin=2)
                         for name in (f"{run}-of-1", f"{run}-of-3", run)]  # fmt: skip
                 assert rows[0].shape == rows[1].shape == rows[2].shape
                 for row in rows[1:]:
                     np.testing.assert_allclose(row[:, 4:9], rows[0][:, 4:9], rtol=1e-4)
+            else:  # z, augmentation and dropout are each rank's own
+                assert not torch.equal(parts[0]["own"][-1][0], parts[1]["own"][-1][0])
     assert Path("undisturbed/losses.png").exists()
 
     # a worker killed at some step is started again and ends with the same bits
@@ -120,12 +131,22 @@ def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
     )
     print("killed at the end of step", event)
     finish(start(launcher, WORKER, json.dumps([disturbed]), EVENT=f"kill {event}"))
-    a, b = (common.load_file(f"{run}/checkpoint.pt") for run in ("undisturbed", "disturbed"))
-    for name in ("G", "D", "G_ema"):
-        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name])
+    assert_same_run("undisturbed", "disturbed")
+
+    # one alone under torchrun ends with the bits of a plain process
+    shutil.rmtree("undisturbed")
+    finish(start(["--standalone", "--nproc_per_node=1"], WORKER, json.dumps(SCENARIOS[-1:])))
+    assert_same_run("undisturbed-of-1", "undisturbed")
+
+
+def assert_same_run(a, b):
+    """The same bits in networks, optimisers, augmentation and losses."""
+    kept = [common.load_file(f"{run}/checkpoint.pt") for run in (a, b)]
+    for name in ("G", "D", "G_ema", "opt_d", "opt_g", "augment"):
+        assert_equal(kept[0][name], kept[1][name])
     losses = [
         [line.split(",")[4:9] for line in Path(run, "metrics.csv").read_text().splitlines()]
-        for run in ("undisturbed", "disturbed")
+        for run in (a, b)
     ]
     assert losses[0] == losses[1] and len(losses[0]) > 3
 
@@ -138,14 +159,12 @@ def test_an_error_in_one_rank_ends_all_with_the_reason_on_screen(grey_levels):
     assert common.load_file("undisturbed/checkpoint.pt")["step"] == 3
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(grey_levels):
-    command = [sys.executable, ROOT / "train_dcgan.py", "--ngpu=2", "--path=imgs", "--batch_size=7"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: --batch_size 7 does not divide by 2 processes\n"
+def test_a_batch_that_does_not_divide_is_refused_before_a_folder_is_made(grey_levels):
+    flags = ["--path=imgs", "--batch_size=7", "--device=cpu"]
+    launcher = ["--standalone", "--nproc_per_node=2"]
+    _, err = finish(start(launcher, ROOT / "train_dcgan.py", *flags), code=1)
+    assert "error: --batch_size 7 does not divide by 2 processes\n" in err
     assert not Path("runs").exists() and not Path(".cache").exists()
-    done = subprocess.run([*command[:-1], "--lrd=x"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--lrd" in done.stderr
 
 
 def test_ctrl_c_ends_all_ranks_at_the_same_step_with_a_checkpoint(grey_levels):
@@ -162,15 +181,9 @@ def test_ctrl_c_ends_all_ranks_at_the_same_step_with_a_checkpoint(grey_levels):
     assert steps[0] == steps[1] == common.load_file("undisturbed/checkpoint.pt")["step"]
 
 
-def test_ngpu_starts_the_processes_and_one_alone_can_resume(grey_levels):
-    command = [sys.executable, ROOT / "train_dcgan.py", "--ngpu=2", "--path=imgs", "--width=4"]
-    done = subprocess.run([*command, *TINY, "--epochs=1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "on cpu, 2 processes" in done.stdout and done.stdout.count("epoch 1/1 step 2/2") == 1
+def test_several_speak_as_one_and_one_alone_can_resume(grey_levels):
+    launcher, flags = ["--standalone", "--nproc_per_node=2"], ["--path=imgs", "--width=4"]
+    out, _ = finish(start(launcher, ROOT / "train_dcgan.py", *flags, *TINY, "--epochs=1"))
+    assert "on cpu, 2 processes" in out and out.count("epoch 1/1, ") == 1
     train_dcgan.train(resume="newest", epochs=2)
     assert common.load_file("runs/dcgan-imgs/checkpoint.pt")["step"] == 4
-
-
-def test_python_says_how_several_processes_are_started(grey_levels):
-    with pytest.raises(common.UserError, match="torchrun"):
-        train_dcgan.train(path="imgs", ngpu=2)

@@ -281,11 +281,12 @@ def test_each_image_once_an_epoch_in_another_order_each_time(tensor):
     for seed in (0, 0, 1):
         run = run_of(images, f"--seed={seed}", "--batch_size=2", "--epochs=2")
         order = []
-        for run.step in range(run.steps):
+        for _ in range(run.steps):
             batch = run.next_batch(torch.from_numpy(images) if tensor else images)
             numbers = [round(number) for number in ((batch + 1) * 127.5).ravel().tolist()]
             assert run.indices.tolist() == numbers  # whose labels are labels[run.indices]
             order += numbers
+            run.step += 1
         orders.append(order)
     assert all(sorted(order[:10]) == sorted(order[10:]) == list(range(10)) for order in orders)
     assert orders[0] == orders[1] != orders[2] and orders[0][:10] != orders[0][10:]

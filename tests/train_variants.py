@@ -25,7 +25,7 @@ import common
 import train_dcgan
 
 
-def get_args(argv):
+def get_args(argv, **flags):
     parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=64)
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     switch = argparse.BooleanOptionalAction
@@ -50,8 +50,10 @@ def get_args(argv):
     add("--r2", type=rate, default=0.0, help="the same of samples; with the former, R3GAN's")
     add("--every", type=number, default=1, help="steps between penalties, that times as strong")
     add("--emas", type=float, nargs="*", default=[], help="decays of more averaged generators")
-    args = common.parse_flags(parser, argv)
-    common.settle_data_and_size(args)
+    args = common.parse_flags(parser, argv, flags)
+    if not args.path and not args.dataset:
+        args.dataset = "glyphs"
+    args.image_size = args.image_size or (32 if args.dataset else 64)
     return args
 
 
@@ -67,12 +69,12 @@ class Generator(train_dcgan.Generator):
                 self.layers[i] = nn.Sequential(nn.Upsample(scale_factor=2), conv)
 
 
-def train_step(G, D, opt_d, opt_g, real, step, args):
+def train_step(G, D, opt_d, opt_g, augment, real, step, args):
     """train_dcgan.train_step at k=1 on one rank, with the losses of the flags."""
-    fake = G(common.drawn(torch.randn, len(real), args.z_dim, device=real.device))
-    seen = common.augment(real, args.augment)
+    fake = G(torch.randn(len(real), args.z_dim, device=real.device))
+    seen = augment(real)
     logits_real = D(seen)
-    logits_fake = D(common.augment(fake.detach(), args.augment))
+    logits_fake = D(augment(fake.detach()))
     if args.relativistic:  # D: maximize log sigmoid(D(x) - D(G(z))), in pairs
         loss_d = F.softplus(logits_fake - logits_real).mean()
     else:
@@ -86,9 +88,10 @@ def train_step(G, D, opt_d, opt_g, real, step, args):
     opt_d.zero_grad()
     objective.backward()
     opt_d.step()
+    augment.update(logits_real.detach())
 
     D.requires_grad_(False)
-    logits_fake_g = D(common.augment(fake, args.augment))
+    logits_fake_g = D(augment(fake))
     loss_g = F.softplus(-logits_fake_g).mean()
     if args.relativistic:
         loss_g = F.softplus(logits_real.detach() - logits_fake_g).mean()
@@ -102,19 +105,20 @@ def train_step(G, D, opt_d, opt_g, real, step, args):
         "d_real": logits_real.detach().sigmoid().mean(),
         "d_fake": logits_fake.detach().sigmoid().mean(),
         "d_fake_after": logits_fake_g.detach().sigmoid().mean(),
+        "p": augment.p.clone(),
     }
 
 
 def train(*argv, **flags):
-    args = get_args([*argv, *common.as_argv(flags)])
+    args = get_args(argv, **flags)
     device = common.setup(args)
-    images = common.load_data(args)
+    images, _ = common.load_data(args)
 
     size = {"image_size": args.image_size, "channels": images.shape[-1], "width": args.width}
     own = {"z_dim": args.z_dim, "norm": args.norm, "upsample": args.upsample}
     G, D = Generator(**size, **own), train_dcgan.Discriminator(**size, norm=args.norm_d)
-    common.init_weights(G, args.init)
-    common.init_weights(D, args.init)
+    train_dcgan.init_weights(G, args.init)
+    train_dcgan.init_weights(D, args.init)
     for module in D.modules() if args.spectral else ():
         if type(module) is nn.Conv2d:
             spectral_norm(module)
@@ -125,8 +129,10 @@ def train(*argv, **flags):
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, betas, fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, betas, fused=True)
 
+    augment = common.Augment(args.augment).to(device)
     z = {"dim": args.z_dim, "distribution": "normal"}
-    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, **more}
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
+    state |= more
     run = common.Run(args, __file__, images, device, size | own, z, **state)
     for real in run.batches():
         scale = args.lr_decay**run.epoch
@@ -135,10 +141,10 @@ def train(*argv, **flags):
             scale *= (args.hold / max(kimg, args.hold)) ** args.power
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
             opt.param_groups[0]["lr"] = rate * scale
-        stats = train_step(G, D, opt_d, opt_g, real, run.step, args)
+        stats = train_step(G, D, opt_d, opt_g, augment, real, run.step, args)
         for decay, average in [(args.ema, G_ema), *zip(args.emas, more.values())]:
             common.update_ema(average, G, run.step, decay)
-        run.log(stats)
+        run.end_step(stats)
     return run.folder
 
 
