@@ -44,7 +44,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 try:
     import fcntl
@@ -393,9 +393,17 @@ def update_ema(G_ema, G, step, decay):
                 buffer.copy_(current)
 
 
+@torch.no_grad()
 def refresh_batchnorm(G_ema, latent, generator, device="cpu"):
     """Estimate the BatchNorm statistics of averaged weights anew: no copy of G's would fit them."""
-    update_bn([draw_latents(latent, CHUNK, generator=generator) for _ in range(8)], G_ema, device)
+    layers = [m for m in G_ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:  # they alone learn: spectral normalisation, dropout stay as they are
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches
+        layer.train()
+    for _ in range(8 if layers else 0):
+        G_ema(draw_latents(latent, CHUNK, generator=generator).to(device))
+    G_ema.eval()
 
 
 def draw_latents(latent, n, device="cpu", generator=None, label=None):
@@ -649,7 +657,7 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999, augment="none"):
     add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
     add("--dataset", choices=DATASETS, help="instead of --path; glyphs: drawn, needs no files")
     add("--data_dir", default="data", help="where MNIST and CIFAR-10 are, or are downloaded to")
-    add("--label", type=bounded(int, 0, 9), nargs="+", help="train on these classes of them only")
+    add("--label", type=bounded(int, 0), nargs="+", help="train on these classes of them only")
     add("--image_size", type=bounded(int, 1, 1024), help="pixels of a side, after a centre crop")
     add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
@@ -1223,7 +1231,8 @@ class Run:
             file.write(header + ",".join(f"{value:.12g}" for value in row.values()) + "\n")
         for name in row if self.writer else ():
             self.writer.add_scalar(name, row[name], self.step)
-        self.won_steps = self.won_steps + steps if 0 < row["loss_d"] < 0.1 else 0
+        won = 0 < row["loss_d"] < 0.1 and row["d_real"] > 0.7 and row["d_fake"] < 0.3
+        self.won_steps = self.won_steps + steps if won else 0
         if self.won_steps >= PATIENCE:
             self.warn("D has won", f"its loss has been below 0.1 for {self.won_steps} steps")
         minutes, speed = row["seconds"] / 60, row["images_per_s"]
@@ -1279,13 +1288,17 @@ class Run:
         if metrics.exists():
             lines = [line for line in metrics.open() if line.endswith("\n")]
             kept = [line for line in lines[1:] if int(line.partition(",")[0]) <= self.step]
-            write_file(metrics, "".join(lines[:1] + kept).encode())
-            self.columns = lines[0].strip().split(",") if lines else None
+            if kept:
+                write_file(metrics, "".join(lines[:1] + kept).encode())
+                self.columns = lines[0].strip().split(",")
+            else:
+                metrics.unlink()
 
     def refresh_batchnorm(self):
-        """Give G_ema statistics of its own, once a step."""
-        if self.refreshed != self.step:
-            self.refreshed = self.step
+        """Give G_ema statistics of its own, once for the same weights."""
+        weights = self.step, sum(p._version for p in self.state["G_ema"].parameters())
+        if self.refreshed != weights:
+            self.refreshed = weights
             source = torch.Generator().manual_seed(mixed(self.args.seed, "batchnorm"))
             refresh_batchnorm(self.state["G_ema"], self.latent, source, self.device)
 

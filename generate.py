@@ -76,14 +76,14 @@ def sample(G, z, numbers, seed=0, label=None):
     return common.generate(G, common.latents(z, seed, numbers, label))
 
 
-def interpolations(z, seed, n):
+def interpolations(z, seed, n, label=None):
     """Latents ((n - 1) * FRAMES, z_dim) on the ways between n neighbouring images.
 
     Normal latents turn on an arc (slerp, White 2016, arXiv:1609.04468), so that their length stays
     typical; uniform ones, and classes, go straight.
     """
     ways = []
-    ends = common.latents(z, seed, range(n))
+    ends = common.latents(z, seed, range(n), label)
     for a, b in zip(ends, ends[1:]):
         t = torch.linspace(0, 1, FRAMES)[:, None]
         way = (1 - t) * a + t * b
@@ -158,7 +158,7 @@ def main():
         common.save_grid(images, beside("grid.png"), side)
         print(f"{beside('grid.png')}: the first {side} x {side}")
         if args.interpolate:
-            frames = common.generate(G, interpolations(z, args.seed, n=9))
+            frames = common.generate(G, interpolations(z, args.seed, 9, args.label))
             common.save_grid(frames, beside("interpolation.png"), FRAMES)
             common.save_gif([*map(common.to_picture, frames)], beside("interpolation.gif"))
             print(f"{beside('interpolation.png')}, .gif: from image to image, a way a row")
