@@ -1,6 +1,6 @@
-"""What the README says can be typed and clicked.
+"""What the README, docs/recipes.md and docs/results.md say can be typed and clicked.
 
-Its commands run in order, in short form; those for several processes are parsed here and run by
+Their commands run in order, in short form; those for several processes are parsed here and run by
 test_ranks.py.
 """
 
@@ -26,6 +26,8 @@ import train_dcgan
 import train_fcgan
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8")
+        for name in ("recipes.md", "results.md")}  # fmt: skip
 SCRIPTS = {
     f"{script.__name__}.py": script
     for script in (train_dcgan, train_fcgan, train_balanced, generate, fid)
@@ -36,7 +38,7 @@ FOLDERS = ("imgs", "faces", "cats", "cats400", "celeba", "pokemon")
 
 def commands():
     """Each line of a code block and each `command` in the text that names a script and flags."""
-    text = README.replace("\\\n", " ")
+    text = "\n".join([README, *DOCS.values()]).replace("\\\n", " ")
     line = r"^    (?:\.venv/bin/|.*&& \.venv/bin/)?(?:python|torchrun .*?) (\w+\.py.*)$"
     inline = r"`(?:python )?(\w+\.py [^`\n]+)`"
     for match in re.finditer(f"{line}|{inline}", text, re.M):
@@ -59,6 +61,7 @@ def shortened(script, flags):
 @pytest.fixture
 def prepared(monkeypatch):
     """The folders and data sets of the README, tiny; a small network in the place of Inception."""
+    Path("docs").symlink_to(ROOT / "docs")  # generators to draw with
     for name in FOLDERS:
         write_images(Path(name), 24)
     for name in ("faces", "cats"):
@@ -122,11 +125,25 @@ def test_a_copied_and_changed_script_trains_and_generates(imgs):
 
 
 def test_files_and_pictures_exist():
-    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+)`", README, re.M)
-    files = [name for name in named if "/" in name or name.endswith((".py", ".md"))]
-    inside_a_run = ("samples/",)
-    missing = [f for f in files if not f.startswith(inside_a_run) and not Path(ROOT, f).exists()]
-    assert len(files) > 4 and not missing
+    files = [ROOT / name for name in re.findall(r"^\| `([\w.]+\.py)`", README, re.M)]
+    for folder, text in ((ROOT, README), *((ROOT / "docs", text) for text in DOCS.values())):
+        files += [folder / name for name in re.findall(r"\]\(([\w./-]+)[#)]", text)]
+    assert len(files) > 20 and not [file for file in files if not file.exists()]
+
+
+def test_it_is_short_and_begins_with_a_picture():
+    lines = README.splitlines()
+    assert len(lines) <= 280 and lines[2].startswith("![")
+    assert README.index("docs/results.md") < README.index("## Start")
+    assert README.index("docs/recipes.md") < README.index("## Start")
+
+
+@pytest.mark.parametrize("name, shape", [("cats", (64, 64, 3)), ("digits", (32, 32, 1))])
+def test_the_generators_in_the_repository_draw(name, shape):
+    G, z = generate.load_generator(ROOT / f"docs/{name}.pt")
+    images = generate.sample(G, z, range(16))
+    assert images.shape == (16, *shape)
+    assert 0.6 < common.diversity(images) / 60 < 1.5  # grey levels, as photographs and digits vary
 
 
 def test_both_setup_lines_are_there():
