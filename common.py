@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -393,6 +394,19 @@ def update_ema(G_ema, G, step, decay):
                 buffer.copy_(current)
 
 
+@contextlib.contextmanager
+def exact():
+    """In the block a GPU computes float32 as such, and the same bits each time."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+
+
+@exact()
 @torch.no_grad()
 def refresh_batchnorm(G_ema, latent, generator, device="cpu"):
     """Estimate the BatchNorm statistics of averaged weights anew: no copy of G's would fit them."""
@@ -441,27 +455,15 @@ def mixed(*key):
 CHUNK = 64  # images generated at once; always as many, since rounding may depend on it
 
 
+@exact()
 @torch.no_grad()
 def generate(G, z):
     """Images uint8 (n, H, W, C) of z (n, dim); each the same whatever is beside it."""
     device, images = next(G.parameters()).device, []
-    with exact():
-        for part in z.split(CHUNK):
-            padded = F.pad(part, (0, 0, 0, CHUNK - len(part)))
-            images.append(to_uint8(G(padded.to(device))[: len(part)]))
+    for part in z.split(CHUNK):
+        padded = F.pad(part, (0, 0, 0, CHUNK - len(part)))
+        images.append(to_uint8(G(padded.to(device))[: len(part)]))
     return np.concatenate(images)
-
-
-@contextlib.contextmanager
-def exact():
-    """In the block a GPU computes float32 as such, and the same bits each time."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        try:
-            yield
-        finally:
-            matmul.allow_tf32 = before
 
 
 KINDS = ("translation", "scale", "stretch", "colour", "cutout")
@@ -910,8 +912,8 @@ def exit_codes():
         sys.exit(130)
     except Exception as error:
         message = str(error)
-        no_memory = ("out of memory", "allocate memory", "alloc_failed")
-        if isinstance(error, MemoryError) or any(text in message.lower() for text in no_memory):
+        no_memory = r"out of memory|not enough memory|allocate memory|alloc(ation)?_failed"
+        if isinstance(error, MemoryError) or re.search(no_memory, message, re.IGNORECASE):
             message = "out of memory: lower --batch_size, --width or --image_size"
         elif dist.is_initialized() and "by peer" in message:  # connection closed, reset
             message = "another process has ended: its error is the reason"

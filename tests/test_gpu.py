@@ -142,6 +142,19 @@ def test_what_is_updated_together_has_equal_strides(name, resumed, loop):
 
 
 @needs_gpu
+def test_the_averages_statistics_follow_its_weights_within_a_step_too(loop):
+    """Kernels that take lists of tensors do not raise a GPU tensor's version by themselves."""
+    run, _ = loop(train_dcgan, **SMALL | {"epochs": 1})
+    G, G_ema = run.state["G"], run.state["G_ema"]
+    z = common.latents(run.latent, 0, range(2)).to(run.device)
+    statistics = lambda: (G_ema(z), [b.clone() for b in G_ema.buffers() if b.dim()])[1]
+    before = statistics()
+    assert all(torch.equal(a, b) for a, b in zip(before, statistics()))
+    common.update_ema(G_ema, G, run.step, 0.5)
+    assert not any(torch.equal(a, b) for a, b in zip(before, statistics()))
+
+
+@needs_gpu
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_gpu_too_small_for_the_images_trains_from_the_map_to_the_same_bits(
     name, imgs, monkeypatch

@@ -295,7 +295,7 @@ def test_files_of_strangers(imgs, monkeypatch, capsys):
         {"typed": 3, "z": {}},
         {"typed": {"epochs": [1]}, "G_ema": {}},
         {"config": content["config"] | {"batch_size": [8]}, "z": {}},
-        {"config": content["config"] | {"augment": None}, "z": {}},
+        {"config": content["config"] | {"augment": 3}, "z": {}},
         {"config": content["config"] | {"k": None}, "z": {}},
         {"config": content["config"] | {"seed": -1}, "z": {}},
         {"config": content["config"] | {"width": 10**9}, "z": {}},
