@@ -17,7 +17,6 @@ import copy
 import csv
 import datetime
 import errno
-import functools
 import gzip
 import hashlib
 import io
@@ -33,9 +32,7 @@ import sys
 import tarfile
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -82,52 +79,47 @@ def decode(file, image_size=None, channels=3):
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def attempt(name, open_image, work):
-    """(work(file), None), or (None, what is wrong with the file of this name)."""
-    try:
-        with open_image(name) as file:
-            return work(file), None
-    except Exception as error:  # decoders raise anything at all on damaged files
-        return None, f"{name}: {str(error) or type(error).__name__}"
-
-
-def decoded(names, open_image, **options):
+def decoded(names, open_image, work=None, **options):
     """Decode files in threads; yields (pixels, None) or (None, what is wrong), in their order."""
-    work = functools.partial(decode, **options)
-    work = functools.partial(attempt, open_image=open_image, work=work)
+
+    def attempt(name):
+        try:
+            with open_image(name) as file:
+                return (work or decode)(file, **options), None
+        except Exception as error:  # decoders raise anything at all on damaged files
+            return None, f"{name}: {str(error) or type(error).__name__}"
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(names), CHUNK):  # few at a time: photographs may be large
-            yield from pool.map(work, names[start : start + CHUNK])
+            yield from pool.map(attempt, names[start : start + CHUNK])
             done = min(start + CHUNK, len(names))
-            progress(f"decoding: {done:,} of {len(names):,}", last=done == len(names))
+            progress(f"reading: {done:,} of {len(names):,} files", last=done == len(names))
 
 
 def image_files(path):
     """Of a folder or .zip: sorted (name, bytes, time or hash) of its images, and what opens one."""
     path, names = Path(path), []
     if path.is_dir():
-        start = len(os.path.join(path, ""))
+        place = lambda name: os.path.join(path, name)
         for folder, subfolders, inside in os.walk(path):
             if "checkpoint.pt" in inside:  # a run: its sample grids are no data
                 inside = subfolders[:] = []
             subfolders[:] = [name for name in subfolders if name[0] != "."]
-            names += [os.path.join(folder, name)[start:] for name in inside]
-        open_image = lambda name: open(os.path.join(path, name), "rb")  # noqa: SIM115
-
-        def facts(name):
-            file = os.path.join(path, name)
-            stat = os.stat(file, follow_symlinks=os.path.exists(file))  # of a broken link: its own
-            return stat.st_size, stat.st_mtime_ns
-    elif zipfile.is_zipfile(path):
+            names += [os.path.join(folder, name)[len(place("")) :] for name in inside]
+        # of a link to nowhere its own facts
+        stat = lambda name: os.stat(place(name), follow_symlinks=os.path.exists(place(name)))
+        facts = lambda name: (stat(name).st_size, stat(name).st_mtime_ns)
+        open_image = lambda name: open(place(name), "rb")  # noqa: SIM115
+    else:
         try:
             names = (archive := zipfile.ZipFile(path)).namelist()
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path} is a damaged .zip ({error})") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            state = (
+                f"is neither a folder nor a .zip ({error})" if path.exists() else "does not exist"
+            )
+            raise UserError(f"{path} {state}: pass a folder or .zip of images") from None
         facts = lambda name: (archive.getinfo(name).file_size, archive.getinfo(name).CRC)
         open_image = lambda name: io.BytesIO(archive.read(name))
-    else:
-        state = "is neither a folder nor a .zip" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}: pass a folder or .zip of images")
     names = [name for name in names if "/." not in f"/{name}" and "__MACOSX" not in name]
     if other := sum(name.lower().endswith(OTHER_ENDINGS) for name in names):
         print(f"{other:,} images are left out: {' '.join(OTHER_ENDINGS)} are not read")
@@ -149,32 +141,29 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     files, open_image = image_files(path)
     names, whole = [name for name, *_ in files], Path(path).resolve()
     if channels == "auto":
-        mode_of = lambda file: Image.open(file).mode
-        modes = (attempt(name, open_image, mode_of)[0] for name in names)
-        channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
+        modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
+        channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
     cached = Path(cache, f"{place}{short_hash((3, files))}.npy")
-    if (images := open_cached(cached)) is None:
+    try:
+        images = np.load(cached, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # not there, or not whole
         try:
-            Path(cache).mkdir(parents=True, exist_ok=True)
+            cached.parent.mkdir(parents=True, exist_ok=True)
             fill_cache(cached, names, open_image, image_size, int(channels))
-            for stale in Path(cache).glob("*"):  # made when the files were others
+            for stale in cached.parent.iterdir():  # made when the files were others
                 if stale.name.startswith(place) and stale.stem != cached.stem:
                     stale.unlink(missing_ok=True)
         except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        images = open_cached(cached)
-    notes, skipped = cached.with_suffix(".txt"), len(files) - len(images)
+        images = np.load(cached, mmap_mode="r")
+    notes = cached.with_suffix(".txt")
     if not len(images):
-        raise UserError(f"none of the {skipped} images in {path} can be decoded, see {notes}")
-    line = (
-        f"{len(images):,} images of {path}, {images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB"
-    )
-    if skipped:
-        line += f"; {skipped:,} of {len(files):,} files cannot be decoded, see {notes}"
-    with contextlib.suppress(OSError, ValueError, StopIteration), notes.open("rb") as file:
-        line += f"; {n:,} are exact duplicates" if (n := int(next(file).split()[0])) else ""
-    print(f"{line}; in {cached}", flush=True)
+        raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {notes}")
+    each, found = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB", ""
+    with contextlib.suppress(OSError), notes.open(errors="replace") as file:
+        found = f"; {file.readline().strip()}, see {notes}"
+    print(f"{len(images):,} images of {path}, {each}{found}; in {cached}", flush=True)
     images.fingerprint = short_hash([(Path(name).name, size) for name, size, _ in files])
     return images
 
@@ -183,34 +172,23 @@ def short_hash(content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def open_cached(path):
-    """The array in a .npy; None if there is none or a part of it is missing."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(path, mmap_mode="r")
-
-
 def fill_cache(cached, names, open_image, image_size, channels):
-    """Decode files into the .npy `cached`, and what failed into a .txt beside it."""
-    count, different, errors = 0, set(), []
-
-    def write_header():  # padded by numpy for any first axis, so that it can be written again
-        shape = (count, image_size, image_size, channels)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    options = {"image_size": image_size, "channels": channels}
+    """Decode files into the .npy `cached`; what failed, and copies, into a .txt beside it."""
+    hashes, errors, shape = [], [], (image_size, image_size, channels)
+    header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
-        write_header()
-        for pixels, error in decoded(names, open_image, **options):
+        np.lib.format.write_array_header_1_0(file, header())
+        for pixels, error in decoded(names, open_image, image_size=image_size, channels=channels):
             if error:
                 errors.append(error)
             else:
                 file.write(pixels)
-                different.add(hashlib.sha256(pixels).digest())
-                count += 1
-        file.seek(0)
-        write_header()
-    notes = "\n".join([f"{count - len(different)} exact duplicates", *errors, ""])
+                hashes.append(hashlib.sha256(pixels).digest())
+        file.seek(0)  # numpy leaves room in a header for any first axis
+        np.lib.format.write_array_header_1_0(file, header())
+    facts = f"{len(hashes) - len(set(hashes)):,} are exact duplicates"
+    facts += f"; {len(errors):,} of {len(names):,} files cannot be decoded" if errors else ""
+    notes = "\n".join([facts, *errors, ""])
     write_file(cached.with_suffix(".txt"), notes.encode("utf-8", "backslashreplace"))
 
 
@@ -235,10 +213,8 @@ def load_data(args):
 # MNIST, CIFAR-10 and drawn characters
 
 DATASETS = ("mnist", "cifar10", "glyphs")
-MNIST, CIFAR10 = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://www.cs.toronto.edu/~kriz/",
-)
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/"
 FILES = {  # address, sha256
     "train-images-idx3-ubyte.gz": (
         MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
@@ -257,15 +233,12 @@ def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
     """
     if name == "glyphs":
         return draw_glyphs(image_size or 32, 1 if channels == "1" else 3)
+    folder, shape = Path(data_dir), (60_000, 28, 28)
     if name == "mnist":
-        shapes = {"images-idx3": (60_000, 28, 28), "labels-idx1": (60_000,)}
-        images, labels = (
-            find_or_download(f"train-{kind}-ubyte.gz", Path(data_dir), read_idx, shape)
-            for kind, shape in shapes.items()
-        )
-        images = images[..., None]
+        images = find_or_download("train-images-idx3-ubyte.gz", folder, read_idx, shape)[..., None]
+        labels = find_or_download("train-labels-idx1-ubyte.gz", folder, read_idx, shape[:1])
     else:
-        records = find_or_download("cifar-10-binary.tar.gz", Path(data_dir), read_cifar10)
+        records = find_or_download("cifar-10-binary.tar.gz", folder, read_cifar10)
         labels, images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return resized(images, image_size or images.shape[1], channels), labels.astype(np.int64)
 
@@ -280,7 +253,7 @@ def find_or_download(name, folder, read, *options):
         download(FILES[name][0] + name, path, FILES[name][1])
     try:
         return read(path, *options)
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError) as error:
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles on
         raise UserError(f"{path} is no {plain} ({error}): remove it") from None
 
 
@@ -291,17 +264,15 @@ def download(url, path, sha256):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), sha256)
-    except (OSError, HTTPException, RuntimeError) as error:
+    except Exception as error:  # no network, a cut line, another hash
         raise UserError(f"no download of {url} ({error}): put it into {path.parent}") from None
 
 
 def read_idx(path, shape):
     """The values of an IDX file of bytes, plain or gzipped, if it has this shape."""
     header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if is_gzip else open)(path, "rb") as file:
-        content = file.read(len(header) + math.prod(shape) + 1)  # a byte more would be too many
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     if len(content) != len(header) + math.prod(shape) or not content.startswith(header):
         raise ValueError("wrong size or header")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
@@ -345,8 +316,9 @@ def draw_glyphs(image_size, channels=3, n=4800, seed=0):
     for _ in range(n):
         mask, place = Image.new("L", (side, side)), side * rng.uniform(0.45, 0.55, 2)
         font, label = fonts[rng.integers(3)], rng.integers(len(GLYPHS))
-        style = {"font": font, "anchor": "mm", "stroke_width": side // 40}
-        ImageDraw.Draw(mask).text(tuple(place), GLYPHS[label], 255, **style)
+        ImageDraw.Draw(mask).text(
+            tuple(place), GLYPHS[label], 255, font, "mm", stroke_width=side // 40
+        )
         mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
         mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
         hue = rng.integers(360)
