@@ -14,13 +14,11 @@ import argparse
 import configparser
 import contextlib
 import copy
-import csv
 import datetime
-import errno
 import gzip
 import hashlib
+import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -42,11 +40,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-try:
-    import fcntl
-except ImportError:  # Windows: there nothing keeps a second process out of a run's folder
-    fcntl = None
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -199,13 +192,16 @@ def load_data(args):
     """
     if args.label and args.path:
         raise UserError(f"--label needs --dataset {' or '.join(DATASETS)}: --path has no classes")
-    with rank_0_first():
-        if args.path:
-            images = load_images(args.path, args.image_size, args.channels, args.cache)
-            args.fingerprint, labels = images.fingerprint, None
-        else:
-            data = args.dataset, args.data_dir, args.image_size, args.channels
-            (images, labels), args.fingerprint = read_dataset(*data), args.dataset
+    if RANK > 0:
+        dist.barrier()  # rank 0 comes first: what it decodes or downloads is there for the others
+    if args.path:
+        images = load_images(args.path, args.image_size, args.channels, args.cache)
+        args.fingerprint, labels = images.fingerprint, None
+    else:
+        data = args.dataset, args.data_dir, args.image_size, args.channels
+        (images, labels), args.fingerprint = read_dataset(*data), args.dataset
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
     chosen = np.isin(labels, args.label) if args.label else slice(None)
     return images[chosen], None if labels is None else labels[chosen]
 
@@ -427,13 +423,13 @@ def generate(G, z):
 @contextlib.contextmanager
 def exact():
     """In the block a GPU computes float32 as such, and the same bits each time."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul, fixed = torch.backends.cuda.matmul, {"benchmark": False, "deterministic": True}
     before, matmul.allow_tf32 = matmul.allow_tf32, False
-    with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        try:
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **fixed):
             yield
-        finally:
-            matmul.allow_tf32 = before
+    finally:
+        matmul.allow_tf32 = before
 
 
 KINDS = ("translation", "scale", "stretch", "colour", "cutout")
@@ -712,27 +708,19 @@ def parse_flags(parser, argv, flags):
 
 def adopt(parser, settings):
     """Make settings the parser's defaults; texts and numbers are checked as if they were typed."""
-
-    def checked(action, value):
-        if action.nargs == 0 and isinstance(value, str):  # a switch, written by hand
-            if value.lower() not in ("true", "false"):
-                raise argparse.ArgumentError(action, "write true or false")
-            return value.lower() == "true"
-        if action.nargs == 0 or value is True or value is None and action.default is None:
-            return value
-        converted = parser._get_value(action, str(value))
-        parser._check_value(action, converted)
-        return converted if isinstance(value, str) else value
-
     actions = {action.dest: action for action in parser._actions}
     for name, value in settings.items():
         if name not in actions:
             raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
-        action, several = actions[name], type(value) in (list, tuple) and actions[name].nargs
-        try:
-            value = [checked(action, v) for v in value] if several else checked(action, value)
-        except argparse.ArgumentError as error:
-            raise UserError(str(error)) from None
+        flags, nargs = actions[name].option_strings, actions[name].nargs
+        if nargs == 0:  # a switch; written by hand, a text
+            if str(value).lower() not in ("true", "false"):
+                raise UserError(f"argument {'/'.join(flags)}: write true or false")
+            value = str(value).lower() == "true"
+        elif value is not True and (value, actions[name].default) != (None, None):
+            several = nargs and isinstance(value, list | tuple)
+            words = [flags[-1], *map(str, value)] if several else [f"{flags[-1]}={value}"]
+            value = getattr(parser.parse_args(words), name)
         parser.set_defaults(**{name: value})
 
 
@@ -742,7 +730,7 @@ def read_ini(path):
     ini.optionxform = str  # keeps capitals
     try:
         ini.read_string("[before any section]\n" + Path(path).read_text(encoding="utf-8"))
-        for name, text in itertools.chain(*(ini[section].items() for section in ini.sections())):
+        for name, text in [pair for section in ini.values() for pair in section.items()]:
             settings[name] = text
             with contextlib.suppress(ValueError, RecursionError):  # written by hand
                 settings[name] = json.loads(text)
@@ -765,13 +753,12 @@ def setup(args):
         raise UserError(f"--batch_size {args.batch_size} does not divide by {WORLD_SIZE} processes")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise UserError("--compile needs a C++ compiler: install g++ or clang++, or omit it")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {
-        "amx_bf16": torch.cpu._is_amx_tile_supported(),  # torch 2.10
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-    }  # fmt: skip
-    fast = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = device.type == "cpu" and bf16
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         if args.precision == "bf16" and not fast:
@@ -785,28 +772,24 @@ def setup(args):
 
 def choose_device(name):
     """The torch.device of --device, index included; under torchrun a GPU for each process."""
-    device = torch.device("cpu")
     try:
-        if name != "auto":
-            device = torch.device(name)
-        elif found := torch.accelerator.current_accelerator(check_available=True):
-            device = found
-        elif torch.version.cuda or shutil.which("nvidia-smi"):
-            cpu_build = "this torch is built for CPUs: https://pytorch.org/get-started has others"
-            why = f"no driver that fits CUDA {torch.version.cuda}, see nvidia-smi"
-            print(f"WARNING: no GPU is used ({why if torch.version.cuda else cpu_build})")
+        found = name == "auto" and torch.accelerator.current_accelerator(check_available=True)
+        device = found or torch.device("cpu" if name == "auto" else name)
+        built_for = torch.version.cuda
+        if name == "auto" and not found and (built_for or shutil.which("nvidia-smi")):
+            cpus = "this torch is built for CPUs: https://pytorch.org/get-started has others"
+            why = f"no driver that fits CUDA {built_for}, see nvidia-smi" if built_for else cpus
+            print(f"WARNING: no GPU is used ({why})")
         if device.type == "cuda":
             index = os.environ.get("LOCAL_RANK", device.index)
-            device = torch.device(
-                "cuda", torch.cuda.current_device() if index is None else int(index)
-            )
+            index = torch.cuda.current_device() if index is None else int(index)
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)  # before anything touches the first one
         torch.zeros(1, device=device).item()
+        return device
     except Exception:  # each backend that is missing raises something else
-        raise UserError(
-            f"--device {name} is not available here: try cpu, or fewer processes"
-        ) from None
-    return device
+        why = "is not available here: try cpu, or fewer processes"
+        raise UserError(f"--device {name} {why}") from None
 
 
 def join_ranks(device):
@@ -833,16 +816,6 @@ def leave_ranks(code):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-@contextlib.contextmanager
-def rank_0_first():
-    """What is in the block happens on rank 0 before it does on the others."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
 
 
 def rank_mean(tensor):
@@ -907,9 +880,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left for {path}: what was there is unchanged") from None
-        raise
+        raise UserError(f"cannot write {path} ({error}): what was there is unchanged") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1039,13 +1010,12 @@ class Run:
         self.steps = args.epochs * self.steps_per_epoch
         self.step, self.seconds, self.pending = 0, 0.0, []
         self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
-        self.ordered = self.refreshed = self.columns = None
-        self.writer = tensorboard_writer() if args.tensorboard and RANK == 0 else None
+        self.ordered = self.refreshed = self.columns = self.writer = None
         self.won_steps, self.warned = 0, set()
-        folder = [self.new_folder() if RANK == 0 and not args.resume else None]
+        folder = [args.resume or (self.new_folder() if RANK == 0 else None)]
         if WORLD_SIZE > 1:
             dist.broadcast_object_list(folder)
-        self.folder = args.resume or folder[0]
+        self.folder = folder[0]
         self.lock = lock_folder(self.folder) if RANK == 0 else contextlib.nullcontext()
         if args.resume:
             self.restore()
@@ -1111,8 +1081,10 @@ class Run:
             lines = [f"{name} = {json.dumps(value)}\n" for name, value in self.args.typed.items()]
             ini = f"[{self.script}]\n{''.join(lines)}"  # JSON's quotes let any path survive
             write_file(self.folder / "config.ini", ini.encode())
-            if self.writer:
-                self.writer = self.writer(self.folder, purge_step=self.step + 1)
+            if self.args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
             shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
             real = self.images[np.sort(shown)]
             self.real_diversity = diversity(real)
@@ -1277,8 +1249,7 @@ class Run:
     def sample(self, keep):
         """Draw samples/latest.png, and with `keep` the grid of this epoch."""
         self.shown = time.monotonic()
-        z = latents(self.latent, self.args.seed, range(CHUNK))
-        images = generate(self.state["G_ema"], z)
+        images = generate(self.state["G_ema"], latents(self.latent, self.args.seed, range(CHUNK)))
         ours, theirs = diversity(images), self.real_diversity
         if self.step >= PATIENCE and ours < 0.4 * theirs:  # healthy runs: 0.8 and more
             levels = f"{ours:.0f} grey levels over its samples, by {theirs:.0f} over real images"
@@ -1313,9 +1284,8 @@ class Run:
         if grids := by_epoch(self.folder.glob("samples/epoch_*.png")):
             shown = np.linspace(0, len(grids) - 1, min(len(grids), 60)).astype(int)
             save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
-        with (self.folder / "metrics.csv").open() as file:
-            rows = [*csv.DictReader(file)]
-        of = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        rows = np.loadtxt(self.folder / "metrics.csv", delimiter=",", skiprows=1, ndmin=2)
+        of = dict(zip(self.columns, rows.T.tolist(), strict=True))
         groups = {"loss": ["loss_d", "loss_g"], "D's answer": ["d_real", "d_fake"]}
         groups |= {name: [name] for name in of if name not in COLUMNS}
         panels = [(title, of["kimg"], {y: of[y] for y in ys}) for title, ys in groups.items()]
@@ -1325,13 +1295,13 @@ class Run:
 def lock_folder(folder):
     """A file that keeps other processes out of a run until it is closed, or its process ends."""
     file = (folder / ".lock").open("w")
-    try:
-        if fcntl:
+    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
+        import fcntl
+
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process trains in {folder}: pass another --out") from None
-    except OSError:  # a file system without locks
-        pass
+        except BlockingIOError:
+            raise UserError(f"another process trains in {folder}: pass another --out") from None
     return file
 
 
@@ -1348,11 +1318,3 @@ def restore_layout(opt):
 def diversity(images):
     """How much images (N, H, W, C) differ: the standard deviation of a pixel, in grey levels."""
     return images.astype(np.float32).std(0).mean()
-
-
-def tensorboard_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter
