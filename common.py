@@ -211,14 +211,11 @@ def load_data(args):
 DATASETS = ("mnist", "cifar10", "glyphs")
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/"
-FILES = {  # address, sha256
-    "train-images-idx3-ubyte.gz": (
-        MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-    "train-labels-idx1-ubyte.gz": (
-        MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-    "cifar-10-binary.tar.gz": (
-        CIFAR10, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
-}  # fmt: skip
+FILES = {  # address, the first digits of the sha256
+    "train-images-idx3-ubyte.gz": (MNIST, "440fcabf73cc546fa21475e81ea37026"),
+    "train-labels-idx1-ubyte.gz": (MNIST, "3552534a0a558bbed6aed32b30c495cc"),
+    "cifar-10-binary.tar.gz": (CIFAR10, "c4a38c50a1bc5f3a1c5537f2155ab9d6"),
+}
 
 
 def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
@@ -688,19 +685,17 @@ def parse_flags(parser, argv, flags):
         run = load_file(folder / "checkpoint.pt")
         if run["script"] != script:
             raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
-        known = settings_of(args)
         typed = run["typed"] if isinstance(run.get("typed"), dict) else run["config"]
-        then = {name: value for name, value in run["config"].items() if name in known}
+        then = {name: value for name, value in run["config"].items() if name in args.typed}
         adopt(parser, then | {"precision": typed.get("precision", "auto")} | flags)
         now = settings_of(args := parser.parse_args(argv))
         changed = {name: now[name] for name in now if now[name] != then.get(name, now[name])}
         for name in sorted(changed.keys() - set(MAY_CHANGE)):
             raise UserError(f"--{name} is {then[name]} in {folder} and cannot change on --resume")
         args.resume, args.typed = folder, typed | changed
-    elif args.path and args.out:
-        place = Path(args.out).resolve()
-        if Path(args.path).resolve() in (place, *place.parents):
-            raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
+    out, images = (Path(name or "").resolve() for name in (args.out, args.path))
+    if args.out and args.path and not resume and out.is_relative_to(images):
+        raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
     return args
@@ -1180,12 +1175,10 @@ class Run:
         if self.won_steps >= PATIENCE:
             self.warn("D has won", f"its loss has been below 0.1 for {self.won_steps} steps")
         minutes, speed = row["seconds"] / 60, row["images_per_s"]
-        progress(
-            f"epoch {row['epoch']}/{self.args.epochs}, {minutes:.1f} of "
-            f"{minutes * self.steps / self.step:.1f} min, {speed:.0f}/s, D {row['loss_d']:.2f} "
-            f"G {row['loss_g']:.2f}, D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f}",
-            last=self.step == self.steps or self.stopping,
-        )
+        line = f"epoch {row['epoch']}/{self.args.epochs}, {minutes:.1f} of "
+        line += f"{minutes * self.steps / self.step:.1f} min, {speed:.0f}/s, D {row['loss_d']:.2f} "
+        line += f"G {row['loss_g']:.2f}, D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f}"
+        progress(line, last=self.step == self.steps or self.stopping)
 
     def warn(self, what, why):
         """Say once that a network has won or collapsed; what helps stands in the README."""
@@ -1199,10 +1192,10 @@ class Run:
         if out and Path(out, "checkpoint.pt").exists():
             again = f"--resume {shlex.quote(str(out))}"
             raise UserError(f"{out} holds a run: {again} goes on, or pass another --out")
-        name, number = f"runs/{self.script.removeprefix('train_')}-{data}", 1
+        name, number = f"runs/{self.script.removeprefix('train_')}-{data}", 2
         path = Path(out or name)
         while path.exists() and not out:
-            path, number = Path(f"{name}-{number + 1}"), number + 1
+            path, number = Path(f"{name}-{number}"), number + 1
         path.mkdir(parents=True, exist_ok=bool(out))
         return path
 
