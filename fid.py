@@ -220,12 +220,11 @@ def load_inception(features="inception", weights=None, device="cpu", precision="
         except Exception as error:  # no file, damaged archives, other objects, wrong shapes
             reason = " ".join(str(error).split())[:200]
             raise common.UserError(f"{path} holds no weights of this network ({reason})") from None
-    digest = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        digest.update(tensor.numpy())
+    content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
+    digest = hashlib.sha256(content).hexdigest()[:8]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     net = net.fold().to(device, dtype, memory_format=torch.channels_last)
-    return net, f"{features}-{precision}-{digest.hexdigest()[:8]}"
+    return net, f"{features}-{precision}-{digest}"
 
 
 # --------------------------------------------------------------------------- features, statistics
@@ -239,9 +238,8 @@ def to_input(pixels, mode):
     """
     if mode == "clean":
         bands = [Image.fromarray(band) for band in pixels.transpose(2, 0, 1).astype(np.float32)]
-        size, bicubic = (SIDE, SIDE), Image.Resampling.BICUBIC
-        resized = np.stack([np.asarray(band.resize(size, bicubic)) for band in bands])
-        image = (torch.from_numpy(resized).clamp(0, 255) - 128) / 128
+        bands = [np.asarray(band.resize((SIDE, SIDE), Image.BICUBIC)) for band in bands]
+        image = (torch.from_numpy(np.stack(bands)).clamp(0, 255) - 128) / 128
     else:
         image = torch.tensor(pixels).permute(2, 0, 1).float()[None] / 255
         image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)[0] * 2 - 1
