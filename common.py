@@ -137,7 +137,7 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
         modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
         channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
-    cached = Path(cache, f"{place}{short_hash((3, files))}.npy")
+    cached = Path(cache, f"{place}{short_hash((4, files))}.npy")
     try:
         images = np.load(cached, mmap_mode="r")
     except (OSError, ValueError, EOFError):  # not there, or not whole
@@ -472,10 +472,9 @@ class Augment(nn.Module):
         zero = torch.zeros(n, 1, 1, 1, device=images.device)
         scale = some(0.2 * torch.randn_like(zero)) if "scale" in self.kinds else zero
         stretch = some(0.2 * torch.randn_like(zero)) if "stretch" in self.kinds else zero
-        down = right = zero
-        if "translation" in self.kinds:  # by whole pixels, up to an eighth
-            down = some((rand() - 0.5) * height / 4).round()
-            right = some((rand() - 0.5) * width / 4).round()
+        moved = "translation" in self.kinds  # by whole pixels, up to an eighth
+        shift = lambda side: some((rand() - 0.5) * side / 4).round() if moved else zero
+        down, right = shift(height), shift(width)
         rows = resampling(height, 2 ** (scale - stretch), down)
         columns = resampling(width, 2 ** (scale + stretch), right)
         images = rows @ images @ columns.mT
