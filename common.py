@@ -14,14 +14,11 @@ import argparse
 import configparser
 import contextlib
 import copy
-import csv
 import datetime
-import errno
-import functools
 import gzip
 import hashlib
+import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -34,9 +31,7 @@ import sys
 import tarfile
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +41,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-try:
-    import fcntl
-except ImportError:  # Windows: there nothing keeps a second process out of a run's folder
-    fcntl = None
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -83,52 +73,47 @@ def decode(file, image_size=None, channels=3):
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def attempt(name, open_image, work):
-    """(work(file), None), or (None, what is wrong with the file of this name)."""
-    try:
-        with open_image(name) as file:
-            return work(file), None
-    except Exception as error:  # decoders raise anything at all on damaged files
-        return None, f"{name}: {str(error) or type(error).__name__}"
-
-
-def decoded(names, open_image, **options):
+def decoded(names, open_image, work=None, **options):
     """Decode files in threads; yields (pixels, None) or (None, what is wrong), in their order."""
-    work = functools.partial(decode, **options)
-    work = functools.partial(attempt, open_image=open_image, work=work)
+
+    def attempt(name):
+        try:
+            with open_image(name) as file:
+                return (work or decode)(file, **options), None
+        except Exception as error:  # decoders raise anything at all on damaged files
+            return None, f"{name}: {str(error) or type(error).__name__}"
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(names), CHUNK):  # few at a time: photographs may be large
-            yield from pool.map(work, names[start : start + CHUNK])
+            yield from pool.map(attempt, names[start : start + CHUNK])
             done = min(start + CHUNK, len(names))
-            progress(f"decoding: {done:,} of {len(names):,}", last=done == len(names))
+            progress(f"reading: {done:,} of {len(names):,} files", last=done == len(names))
 
 
 def image_files(path):
     """Of a folder or .zip: sorted (name, bytes, time or hash) of its images, and what opens one."""
     path, names = Path(path), []
     if path.is_dir():
-        start = len(os.path.join(path, ""))
+        place = lambda name: os.path.join(path, name)
         for folder, subfolders, inside in os.walk(path):
             if "checkpoint.pt" in inside:  # a run: its sample grids are no data
                 inside = subfolders[:] = []
             subfolders[:] = [name for name in subfolders if name[0] != "."]
-            names += [os.path.join(folder, name)[start:] for name in inside]
-        open_image = lambda name: open(os.path.join(path, name), "rb")  # noqa: SIM115
-
-        def facts(name):
-            file = os.path.join(path, name)
-            stat = os.stat(file, follow_symlinks=os.path.exists(file))  # of a broken link: its own
-            return stat.st_size, stat.st_mtime_ns
-    elif zipfile.is_zipfile(path):
+            names += [os.path.join(folder, name)[len(place("")) :] for name in inside]
+        # of a link to nowhere its own facts
+        stat = lambda name: os.stat(place(name), follow_symlinks=os.path.exists(place(name)))
+        facts = lambda name: (stat(name).st_size, stat(name).st_mtime_ns)
+        open_image = lambda name: open(place(name), "rb")  # noqa: SIM115
+    else:
         try:
             names = (archive := zipfile.ZipFile(path)).namelist()
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path} is a damaged .zip ({error})") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            state = (
+                f"is neither a folder nor a .zip ({error})" if path.exists() else "does not exist"
+            )
+            raise UserError(f"{path} {state}: pass a folder or .zip of images") from None
         facts = lambda name: (archive.getinfo(name).file_size, archive.getinfo(name).CRC)
         open_image = lambda name: io.BytesIO(archive.read(name))
-    else:
-        state = "is neither a folder nor a .zip" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}: pass a folder or .zip of images")
     names = [name for name in names if "/." not in f"/{name}" and "__MACOSX" not in name]
     if other := sum(name.lower().endswith(OTHER_ENDINGS) for name in names):
         print(f"{other:,} images are left out: {' '.join(OTHER_ENDINGS)} are not read")
@@ -150,32 +135,29 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     files, open_image = image_files(path)
     names, whole = [name for name, *_ in files], Path(path).resolve()
     if channels == "auto":
-        mode_of = lambda file: Image.open(file).mode
-        modes = (attempt(name, open_image, mode_of)[0] for name in names)
-        channels = 3 if any(mode not in (None, *GREY_MODES) for mode in modes) else 1
+        modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
+        channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
-    cached = Path(cache, f"{place}{short_hash((3, files))}.npy")
-    if (images := open_cached(cached)) is None:
+    cached = Path(cache, f"{place}{short_hash((4, files))}.npy")
+    try:
+        images = np.load(cached, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # not there, or not whole
         try:
-            Path(cache).mkdir(parents=True, exist_ok=True)
+            cached.parent.mkdir(parents=True, exist_ok=True)
             fill_cache(cached, names, open_image, image_size, int(channels))
-            for stale in Path(cache).glob("*"):  # made when the files were others
+            for stale in cached.parent.iterdir():  # made when the files were others
                 if stale.name.startswith(place) and stale.stem != cached.stem:
                     stale.unlink(missing_ok=True)
         except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        images = open_cached(cached)
-    notes, skipped = cached.with_suffix(".txt"), len(files) - len(images)
+        images = np.load(cached, mmap_mode="r")
+    notes = cached.with_suffix(".txt")
     if not len(images):
-        raise UserError(f"none of the {skipped} images in {path} can be decoded, see {notes}")
-    line = (
-        f"{len(images):,} images of {path}, {images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB"
-    )
-    if skipped:
-        line += f"; {skipped:,} of {len(files):,} files cannot be decoded, see {notes}"
-    with contextlib.suppress(OSError, ValueError, StopIteration), notes.open("rb") as file:
-        line += f"; {n:,} are exact duplicates" if (n := int(next(file).split()[0])) else ""
-    print(f"{line}; in {cached}", flush=True)
+        raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {notes}")
+    each, found = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB", ""
+    with contextlib.suppress(OSError), notes.open(errors="replace") as file:
+        found = f"; {file.readline().strip()}, see {notes}"
+    print(f"{len(images):,} images of {path}, {each}{found}; in {cached}", flush=True)
     images.fingerprint = short_hash([(Path(name).name, size) for name, size, _ in files])
     return images
 
@@ -184,34 +166,23 @@ def short_hash(content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def open_cached(path):
-    """The array in a .npy; None if there is none or a part of it is missing."""
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(path, mmap_mode="r")
-
-
 def fill_cache(cached, names, open_image, image_size, channels):
-    """Decode files into the .npy `cached`, and what failed into a .txt beside it."""
-    count, different, errors = 0, set(), []
-
-    def write_header():  # padded by numpy for any first axis, so that it can be written again
-        shape = (count, image_size, image_size, channels)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    options = {"image_size": image_size, "channels": channels}
+    """Decode files into the .npy `cached`; what failed, and copies, into a .txt beside it."""
+    hashes, errors, shape = [], [], (image_size, image_size, channels)
+    header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
-        write_header()
-        for pixels, error in decoded(names, open_image, **options):
+        np.lib.format.write_array_header_1_0(file, header())
+        for pixels, error in decoded(names, open_image, image_size=image_size, channels=channels):
             if error:
                 errors.append(error)
             else:
                 file.write(pixels)
-                different.add(hashlib.sha256(pixels).digest())
-                count += 1
-        file.seek(0)
-        write_header()
-    notes = "\n".join([f"{count - len(different)} exact duplicates", *errors, ""])
+                hashes.append(hashlib.sha256(pixels).digest())
+        file.seek(0)  # numpy leaves room in a header for any first axis
+        np.lib.format.write_array_header_1_0(file, header())
+    facts = f"{len(hashes) - len(set(hashes)):,} are exact duplicates"
+    facts += f"; {len(errors):,} of {len(names):,} files cannot be decoded" if errors else ""
+    notes = "\n".join([facts, *errors, ""])
     write_file(cached.with_suffix(".txt"), notes.encode("utf-8", "backslashreplace"))
 
 
@@ -222,13 +193,16 @@ def load_data(args):
     """
     if args.label and args.path:
         raise UserError(f"--label needs --dataset {' or '.join(DATASETS)}: --path has no classes")
-    with rank_0_first():
-        if args.path:
-            images = load_images(args.path, args.image_size, args.channels, args.cache)
-            args.fingerprint, labels = images.fingerprint, None
-        else:
-            data = args.dataset, args.data_dir, args.image_size, args.channels
-            (images, labels), args.fingerprint = read_dataset(*data), args.dataset
+    if RANK > 0:
+        dist.barrier()  # rank 0 comes first: what it decodes or downloads is there for the others
+    if args.path:
+        images = load_images(args.path, args.image_size, args.channels, args.cache)
+        args.fingerprint, labels = images.fingerprint, None
+    else:
+        data = args.dataset, args.data_dir, args.image_size, args.channels
+        (images, labels), args.fingerprint = read_dataset(*data), args.dataset
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
     chosen = np.isin(labels, args.label) if args.label else slice(None)
     return images[chosen], None if labels is None else labels[chosen]
 
@@ -236,18 +210,13 @@ def load_data(args):
 # MNIST, CIFAR-10 and drawn characters
 
 DATASETS = ("mnist", "cifar10", "glyphs")
-MNIST, CIFAR10 = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://www.cs.toronto.edu/~kriz/",
-)
-FILES = {  # address, sha256
-    "train-images-idx3-ubyte.gz": (
-        MNIST, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-    "train-labels-idx1-ubyte.gz": (
-        MNIST, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-    "cifar-10-binary.tar.gz": (
-        CIFAR10, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
-}  # fmt: skip
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/"
+FILES = {  # address, the first digits of the sha256
+    "train-images-idx3-ubyte.gz": (MNIST, "440fcabf73cc546fa21475e81ea37026"),
+    "train-labels-idx1-ubyte.gz": (MNIST, "3552534a0a558bbed6aed32b30c495cc"),
+    "cifar-10-binary.tar.gz": (CIFAR10, "c4a38c50a1bc5f3a1c5537f2155ab9d6"),
+}
 
 
 def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
@@ -258,15 +227,12 @@ def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
     """
     if name == "glyphs":
         return draw_glyphs(image_size or 32, 1 if channels == "1" else 3)
+    folder, shape = Path(data_dir), (60_000, 28, 28)
     if name == "mnist":
-        shapes = {"images-idx3": (60_000, 28, 28), "labels-idx1": (60_000,)}
-        images, labels = (
-            find_or_download(f"train-{kind}-ubyte.gz", Path(data_dir), read_idx, shape)
-            for kind, shape in shapes.items()
-        )
-        images = images[..., None]
+        images = find_or_download("train-images-idx3-ubyte.gz", folder, read_idx, shape)[..., None]
+        labels = find_or_download("train-labels-idx1-ubyte.gz", folder, read_idx, shape[:1])
     else:
-        records = find_or_download("cifar-10-binary.tar.gz", Path(data_dir), read_cifar10)
+        records = find_or_download("cifar-10-binary.tar.gz", folder, read_cifar10)
         labels, images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return resized(images, image_size or images.shape[1], channels), labels.astype(np.int64)
 
@@ -281,7 +247,7 @@ def find_or_download(name, folder, read, *options):
         download(FILES[name][0] + name, path, FILES[name][1])
     try:
         return read(path, *options)
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, tarfile.TarError) as error:
+    except Exception as error:  # a damaged archive raises whatever its reader stumbles on
         raise UserError(f"{path} is no {plain} ({error}): remove it") from None
 
 
@@ -292,17 +258,15 @@ def download(url, path, sha256):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), sha256)
-    except (OSError, HTTPException, RuntimeError) as error:
+    except Exception as error:  # no network, a cut line, another hash
         raise UserError(f"no download of {url} ({error}): put it into {path.parent}") from None
 
 
 def read_idx(path, shape):
     """The values of an IDX file of bytes, plain or gzipped, if it has this shape."""
     header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    with (gzip.open if is_gzip else open)(path, "rb") as file:
-        content = file.read(len(header) + math.prod(shape) + 1)  # a byte more would be too many
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     if len(content) != len(header) + math.prod(shape) or not content.startswith(header):
         raise ValueError("wrong size or header")
     return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
@@ -315,12 +279,11 @@ def read_cifar10(path):
         batches = [(path / name).read_bytes() for name in names]
     else:
         with tarfile.open(path) as archive:  # read, never unpacked
-            members = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
-            batches = [member.read(30_730_001) for member in members]
-    records = np.frombuffer(b"".join(batches), np.uint8)
-    if any(len(batch) != 10_000 * 3073 for batch in batches) or records[::3073].max() > 9:
-        raise ValueError("wrong size or labels")
-    return records.reshape(-1, 3073)
+            batches = [archive.extractfile(f"cifar-10-batches-bin/{n}").read() for n in names]
+    records = np.frombuffer(b"".join(batches), np.uint8).reshape(50_000, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError("wrong labels")
+    return records
 
 
 def resized(images, image_size, channels):
@@ -346,8 +309,9 @@ def draw_glyphs(image_size, channels=3, n=4800, seed=0):
     for _ in range(n):
         mask, place = Image.new("L", (side, side)), side * rng.uniform(0.45, 0.55, 2)
         font, label = fonts[rng.integers(3)], rng.integers(len(GLYPHS))
-        style = {"font": font, "anchor": "mm", "stroke_width": side // 40}
-        ImageDraw.Draw(mask).text(tuple(place), GLYPHS[label], 255, **style)
+        ImageDraw.Draw(mask).text(
+            tuple(place), GLYPHS[label], 255, font, "mm", stroke_width=side // 40
+        )
         mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
         mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
         hue = rng.integers(360)
@@ -510,10 +474,9 @@ class Augment(nn.Module):
         zero = torch.zeros(n, 1, 1, 1, device=images.device)
         scale = some(0.2 * torch.randn_like(zero)) if "scale" in self.kinds else zero
         stretch = some(0.2 * torch.randn_like(zero)) if "stretch" in self.kinds else zero
-        down = right = zero
-        if "translation" in self.kinds:  # by whole pixels, up to an eighth
-            down = some((rand() - 0.5) * height / 4).round()
-            right = some((rand() - 0.5) * width / 4).round()
+        moved = "translation" in self.kinds  # by whole pixels, up to an eighth
+        shift = lambda side: some((rand() - 0.5) * side / 4).round() if moved else zero
+        down, right = shift(height), shift(width)
         rows = resampling(height, 2 ** (scale - stretch), down)
         columns = resampling(width, 2 ** (scale + stretch), right)
         images = rows @ images @ columns.mT
@@ -722,19 +685,17 @@ def parse_flags(parser, argv, flags):
         run = load_file(folder / "checkpoint.pt")
         if run["script"] != script:
             raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
-        known = settings_of(args)
         typed = run["typed"] if isinstance(run.get("typed"), dict) else run["config"]
-        then = {name: value for name, value in run["config"].items() if name in known}
+        then = {name: value for name, value in run["config"].items() if name in args.typed}
         adopt(parser, then | {"precision": typed.get("precision", "auto")} | flags)
         now = settings_of(args := parser.parse_args(argv))
         changed = {name: now[name] for name in now if now[name] != then.get(name, now[name])}
         for name in sorted(changed.keys() - set(MAY_CHANGE)):
             raise UserError(f"--{name} is {then[name]} in {folder} and cannot change on --resume")
         args.resume, args.typed = folder, typed | changed
-    elif args.path and args.out:
-        place = Path(args.out).resolve()
-        if Path(args.path).resolve() in (place, *place.parents):
-            raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
+    out, images = (Path(name or "").resolve() for name in (args.out, args.path))
+    if args.out and args.path and not resume and out.is_relative_to(images):
+        raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
     return args
@@ -742,27 +703,19 @@ def parse_flags(parser, argv, flags):
 
 def adopt(parser, settings):
     """Make settings the parser's defaults; texts and numbers are checked as if they were typed."""
-
-    def checked(action, value):
-        if action.nargs == 0 and isinstance(value, str):  # a switch, written by hand
-            if value.lower() not in ("true", "false"):
-                raise argparse.ArgumentError(action, "write true or false")
-            return value.lower() == "true"
-        if action.nargs == 0 or value is True or value is None and action.default is None:
-            return value
-        converted = parser._get_value(action, str(value))
-        parser._check_value(action, converted)
-        return converted if isinstance(value, str) else value
-
     actions = {action.dest: action for action in parser._actions}
     for name, value in settings.items():
         if name not in actions:
             raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
-        action, several = actions[name], type(value) in (list, tuple) and actions[name].nargs
-        try:
-            value = [checked(action, v) for v in value] if several else checked(action, value)
-        except argparse.ArgumentError as error:
-            raise UserError(str(error)) from None
+        flags, nargs = actions[name].option_strings, actions[name].nargs
+        if nargs == 0:  # a switch; written by hand, a text
+            if str(value).lower() not in ("true", "false"):
+                raise UserError(f"argument {'/'.join(flags)}: write true or false")
+            value = str(value).lower() == "true"
+        elif value is not True and (value, actions[name].default) != (None, None):
+            several = nargs and isinstance(value, list | tuple)
+            words = [flags[-1], *map(str, value)] if several else [f"{flags[-1]}={value}"]
+            value = getattr(parser.parse_args(words), name)
         parser.set_defaults(**{name: value})
 
 
@@ -772,7 +725,7 @@ def read_ini(path):
     ini.optionxform = str  # keeps capitals
     try:
         ini.read_string("[before any section]\n" + Path(path).read_text(encoding="utf-8"))
-        for name, text in itertools.chain(*(ini[section].items() for section in ini.sections())):
+        for name, text in [pair for section in ini.values() for pair in section.items()]:
             settings[name] = text
             with contextlib.suppress(ValueError, RecursionError):  # written by hand
                 settings[name] = json.loads(text)
@@ -795,13 +748,12 @@ def setup(args):
         raise UserError(f"--batch_size {args.batch_size} does not divide by {WORLD_SIZE} processes")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise UserError("--compile needs a C++ compiler: install g++ or clang++, or omit it")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package: pip install tensorboard")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {
-        "amx_bf16": torch.cpu._is_amx_tile_supported(),  # torch 2.10
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-    }  # fmt: skip
-    fast = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast = device.type == "cpu" and bf16
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         if args.precision == "bf16" and not fast:
@@ -815,28 +767,24 @@ def setup(args):
 
 def choose_device(name):
     """The torch.device of --device, index included; under torchrun a GPU for each process."""
-    device = torch.device("cpu")
     try:
-        if name != "auto":
-            device = torch.device(name)
-        elif found := torch.accelerator.current_accelerator(check_available=True):
-            device = found
-        elif torch.version.cuda or shutil.which("nvidia-smi"):
-            cpu_build = "this torch is built for CPUs: https://pytorch.org/get-started has others"
-            why = f"no driver that fits CUDA {torch.version.cuda}, see nvidia-smi"
-            print(f"WARNING: no GPU is used ({why if torch.version.cuda else cpu_build})")
+        found = name == "auto" and torch.accelerator.current_accelerator(check_available=True)
+        device = found or torch.device("cpu" if name == "auto" else name)
+        built_for = torch.version.cuda
+        if name == "auto" and not found and (built_for or shutil.which("nvidia-smi")):
+            cpus = "this torch is built for CPUs: https://pytorch.org/get-started has others"
+            why = f"no driver that fits CUDA {built_for}, see nvidia-smi" if built_for else cpus
+            print(f"WARNING: no GPU is used ({why})")
         if device.type == "cuda":
             index = os.environ.get("LOCAL_RANK", device.index)
-            device = torch.device(
-                "cuda", torch.cuda.current_device() if index is None else int(index)
-            )
+            index = torch.cuda.current_device() if index is None else int(index)
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)  # before anything touches the first one
         torch.zeros(1, device=device).item()
+        return device
     except Exception:  # each backend that is missing raises something else
-        raise UserError(
-            f"--device {name} is not available here: try cpu, or fewer processes"
-        ) from None
-    return device
+        why = "is not available here: try cpu, or fewer processes"
+        raise UserError(f"--device {name} {why}") from None
 
 
 def join_ranks(device):
@@ -863,16 +811,6 @@ def leave_ranks(code):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-@contextlib.contextmanager
-def rank_0_first():
-    """What is in the block happens on rank 0 before it does on the others."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
 
 
 def rank_mean(tensor):
@@ -937,9 +875,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left for {path}: what was there is unchanged") from None
-        raise
+        raise UserError(f"cannot write {path} ({error}): what was there is unchanged") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1069,13 +1005,12 @@ class Run:
         self.steps = args.epochs * self.steps_per_epoch
         self.step, self.seconds, self.pending = 0, 0.0, []
         self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
-        self.ordered = self.refreshed = self.columns = None
-        self.writer = tensorboard_writer() if args.tensorboard and RANK == 0 else None
+        self.ordered = self.refreshed = self.columns = self.writer = None
         self.won_steps, self.warned = 0, set()
-        folder = [self.new_folder() if RANK == 0 and not args.resume else None]
+        folder = [args.resume or (self.new_folder() if RANK == 0 else None)]
         if WORLD_SIZE > 1:
             dist.broadcast_object_list(folder)
-        self.folder = args.resume or folder[0]
+        self.folder = folder[0]
         self.lock = lock_folder(self.folder) if RANK == 0 else contextlib.nullcontext()
         if args.resume:
             self.restore()
@@ -1141,8 +1076,10 @@ class Run:
             lines = [f"{name} = {json.dumps(value)}\n" for name, value in self.args.typed.items()]
             ini = f"[{self.script}]\n{''.join(lines)}"  # JSON's quotes let any path survive
             write_file(self.folder / "config.ini", ini.encode())
-            if self.writer:
-                self.writer = self.writer(self.folder, purge_step=self.step + 1)
+            if self.args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
             shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
             real = self.images[np.sort(shown)]
             self.real_diversity = diversity(real)
@@ -1238,12 +1175,10 @@ class Run:
         if self.won_steps >= PATIENCE:
             self.warn("D has won", f"its loss has been below 0.1 for {self.won_steps} steps")
         minutes, speed = row["seconds"] / 60, row["images_per_s"]
-        progress(
-            f"epoch {row['epoch']}/{self.args.epochs}, {minutes:.1f} of "
-            f"{minutes * self.steps / self.step:.1f} min, {speed:.0f}/s, D {row['loss_d']:.2f} "
-            f"G {row['loss_g']:.2f}, D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f}",
-            last=self.step == self.steps or self.stopping,
-        )
+        line = f"epoch {row['epoch']}/{self.args.epochs}, {minutes:.1f} of "
+        line += f"{minutes * self.steps / self.step:.1f} min, {speed:.0f}/s, D {row['loss_d']:.2f} "
+        line += f"G {row['loss_g']:.2f}, D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f}"
+        progress(line, last=self.step == self.steps or self.stopping)
 
     def warn(self, what, why):
         """Say once that a network has won or collapsed; what helps stands in the README."""
@@ -1257,10 +1192,10 @@ class Run:
         if out and Path(out, "checkpoint.pt").exists():
             again = f"--resume {shlex.quote(str(out))}"
             raise UserError(f"{out} holds a run: {again} goes on, or pass another --out")
-        name, number = f"runs/{self.script.removeprefix('train_')}-{data}", 1
+        name, number = f"runs/{self.script.removeprefix('train_')}-{data}", 2
         path = Path(out or name)
         while path.exists() and not out:
-            path, number = Path(f"{name}-{number + 1}"), number + 1
+            path, number = Path(f"{name}-{number}"), number + 1
         path.mkdir(parents=True, exist_ok=bool(out))
         return path
 
@@ -1307,8 +1242,7 @@ class Run:
     def sample(self, keep):
         """Draw samples/latest.png, and with `keep` the grid of this epoch."""
         self.shown = time.monotonic()
-        z = latents(self.latent, self.args.seed, range(CHUNK))
-        images = generate(self.state["G_ema"], z)
+        images = generate(self.state["G_ema"], latents(self.latent, self.args.seed, range(CHUNK)))
         ours, theirs = diversity(images), self.real_diversity
         if self.step >= PATIENCE and ours < 0.4 * theirs:  # healthy runs: 0.8 and more
             levels = f"{ours:.0f} grey levels over its samples, by {theirs:.0f} over real images"
@@ -1343,9 +1277,8 @@ class Run:
         if grids := by_epoch(self.folder.glob("samples/epoch_*.png")):
             shown = np.linspace(0, len(grids) - 1, min(len(grids), 60)).astype(int)
             save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
-        with (self.folder / "metrics.csv").open() as file:
-            rows = [*csv.DictReader(file)]
-        of = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        rows = np.loadtxt(self.folder / "metrics.csv", delimiter=",", skiprows=1, ndmin=2)
+        of = dict(zip(self.columns, rows.T.tolist(), strict=True))
         groups = {"loss": ["loss_d", "loss_g"], "D's answer": ["d_real", "d_fake"]}
         groups |= {name: [name] for name in of if name not in COLUMNS}
         panels = [(title, of["kimg"], {y: of[y] for y in ys}) for title, ys in groups.items()]
@@ -1355,13 +1288,13 @@ class Run:
 def lock_folder(folder):
     """A file that keeps other processes out of a run until it is closed, or its process ends."""
     file = (folder / ".lock").open("w")
-    try:
-        if fcntl:
+    with contextlib.suppress(ImportError, OSError):  # Windows, or a file system without locks
+        import fcntl
+
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process trains in {folder}: pass another --out") from None
-    except OSError:  # a file system without locks
-        pass
+        except BlockingIOError:
+            raise UserError(f"another process trains in {folder}: pass another --out") from None
     return file
 
 
@@ -1378,11 +1311,3 @@ def restore_layout(opt):
 def diversity(images):
     """How much images (N, H, W, C) differ: the standard deviation of a pixel, in grey levels."""
     return images.astype(np.float32).std(0).mean()
-
-
-def tensorboard_writer():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter

@@ -19,7 +19,6 @@ FIDs compare only where images on both sides, their size, --mode and features ar
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import os
@@ -77,12 +76,10 @@ def get_args(argv):
 class Conv(nn.Module):
     """A convolution with BatchNorm and ReLU; without a stride it keeps the size."""
 
-    def __init__(self, before, after, kernel, stride=1, padding=None):
+    def __init__(self, before, after, kernel, stride=1, padding="same"):
         super().__init__()
-        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        if padding is None:
-            padding = (height // 2, width // 2) if stride == 1 else 0
-        self.conv = nn.Conv2d(before, after, (height, width), stride, padding, bias=False)
+        padding = padding if stride == 1 else 0
+        self.conv = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(after, eps=1e-3)
 
     def forward(self, h):
@@ -223,12 +220,11 @@ def load_inception(features="inception", weights=None, device="cpu", precision="
         except Exception as error:  # no file, damaged archives, other objects, wrong shapes
             reason = " ".join(str(error).split())[:200]
             raise common.UserError(f"{path} holds no weights of this network ({reason})") from None
-    digest = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        digest.update(tensor.numpy())
+    content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
+    digest = hashlib.sha256(content).hexdigest()[:8]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     net = net.fold().to(device, dtype, memory_format=torch.channels_last)
-    return net, f"{features}-{precision}-{digest.hexdigest()[:8]}"
+    return net, f"{features}-{precision}-{digest}"
 
 
 # --------------------------------------------------------------------------- features, statistics
@@ -242,9 +238,8 @@ def to_input(pixels, mode):
     """
     if mode == "clean":
         bands = [Image.fromarray(band) for band in pixels.transpose(2, 0, 1).astype(np.float32)]
-        size, bicubic = (SIDE, SIDE), Image.Resampling.BICUBIC
-        resized = np.stack([np.asarray(band.resize(size, bicubic)) for band in bands])
-        image = (torch.from_numpy(resized).clamp(0, 255) - 128) / 128
+        bands = [np.asarray(band.resize((SIDE, SIDE), Image.BICUBIC)) for band in bands]
+        image = (torch.from_numpy(np.stack(bands)).clamp(0, 255) - 128) / 128
     else:
         image = torch.tensor(pixels).permute(2, 0, 1).float()[None] / 255
         image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)[0] * 2 - 1
@@ -277,7 +272,7 @@ def feature_stats(images, net=None, mode="legacy", batch_size=32):
     net = net or load_inception()[0]
     weight, blank = next(net.parameters()), torch.zeros(3, SIDE, SIDE)
     moments, images = Moments(), iter(images)
-    prepare = functools.partial(to_input, mode=mode)
+    prepare = lambda pixels: to_input(pixels, mode)
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad(), common.exact():
         while part := list(itertools.islice(images, batch_size)):
             # always full batches, since rounding may depend on their size
@@ -343,10 +338,9 @@ def images_of(source, like, label, args):
         images, labels = common.read_dataset(source, args.data_dir, size, str(channels))
         yield from images[np.isin(labels, label)] if label else images
     elif is_generator(Path(source)):
-        G, z = generate.load_generator(source, args.device)
+        (G, z), numbers = generate.load_generator(source, args.device), range(args.img_num)
         for i in range(0, args.img_num, common.CHUNK):
-            numbers = range(i, min(i + common.CHUNK, args.img_num))
-            yield from generate.sample(G, z, numbers, args.seed)
+            yield from generate.sample(G, z, numbers[i : i + common.CHUNK], args.seed)
     elif like:
         yield from common.load_images(source, like[0], str(like[1]), args.cache)
     else:
@@ -387,10 +381,9 @@ def read_stats(path, settings):
         raise common.UserError(f"{path} holds no statistics ({error})") from None
     for name, ours in settings.items():
         if stats.get(name, ours) != ours:
-            raise common.UserError(
-                f"{path} has {name} {stats[name]}, not {ours} as needed here: make it anew with "
-                "--save_stats beside this candidate and with these flags"
-            )
+            cure = "make it anew with --save_stats beside this candidate and with these flags"
+            why = f"{path} has {name} {stats[name]}, not {ours} as needed here"
+            raise common.UserError(f"{why}: {cure}")
     if "n" not in stats:
         print(f"{path} does not say where it comes from: n, size, mode and features unchecked")
     return {"n": 0, **settings, **stats}

@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(imgs, tiny_disk, monk
     with pytest.raises(SystemExit) as exit:
         run_main(monkeypatch, "--path=many", "--image_size=32", f"--cache={tiny_disk}")
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "no space left" in error and "another --cache" in error
+    assert exit.value.code == 2 and "No space left" in error and "another --cache" in error
     assert not list(tiny_disk.iterdir())
 
     flags = SMALL | {"epochs": 1, "out": tiny_disk / "run"}
