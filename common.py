@@ -1,5 +1,8 @@
 """What the training scripts share. No network, loss or update rule: those are in the train_*.py.
 
+A script has a Generator(**generator_args), (N, numbers) -> float32 images in [-1, 1], by which
+generate.py builds it anew, and a Discriminator, images -> float32 logits (N,).
+
 data      decode, load_images, load_data; read_dataset: MNIST, CIFAR-10, drawn characters
 model     prepare, averaged, update_ema, draw_latents, latents, generate, Augment, summary
 pictures  to_uint8, save_grid, save_gif, save_curves
@@ -138,7 +141,7 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
         modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
         channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
-    cached = Path(cache, f"{place}{short_hash((4, files))}.npy")
+    cached = Path(cache, f"{place}{short_hash((4, files))}.npy")  # another 4 where decode changes
     try:
         images = np.load(cached, mmap_mode="r")
     except (OSError, ValueError, EOFError):  # not there, or not whole
@@ -981,10 +984,12 @@ class Run:
     step         batches() seeds torch and yields the real images; end_step(stats) counts it
     20 an epoch  a row of metrics.csv and the line of progress; a loss that is NaN stops the run
     minute       samples/latest.png
-    epoch        checkpoint.pt, but not within 30 s; samples/epoch_*.png, generator_*.pt where due
+    epoch        samples/epoch_*.png (--sample_every), generator_*.pt (--checkpoint: snapshots);
+                 checkpoint.pt, but not within 30 s of the last
     10 minutes   checkpoint.pt
-    Ctrl-C       the step ends, then checkpoint.pt, training.gif, losses.png, exit code 130
-    end          checkpoint.pt, samples, generator_*.pt, training.gif, losses.png
+    Ctrl-C       the step ends; a row, checkpoint.pt, training.gif, losses.png; batches() raises
+                 KeyboardInterrupt, which is exit code 130. A second one ends at once
+    end          all of these
 
     Only rank 0 writes. `latent` says how G's inputs are drawn, see draw_latents. `state` holds G,
     D, G_ema, the optimisers and whatever else has a state_dict; --resume loads it here. G_ema can
@@ -1170,7 +1175,7 @@ class Run:
             file.write(header + ",".join(f"{value:.12g}" for value in row.values()) + "\n")
         for name in row if self.writer else ():
             self.writer.add_scalar(name, row[name], self.step)
-        won = 0 < row["loss_d"] < 0.1 and row["d_real"] > 0.7 and row["d_fake"] < 0.3
+        won = 0 <= row["loss_d"] < 0.1 and row["d_real"] > 0.7 and row["d_fake"] < 0.3
         self.won_steps = self.won_steps + steps if won else 0
         if self.won_steps >= PATIENCE:
             self.warn("D has won", f"its loss has been below 0.1 for {self.won_steps} steps")

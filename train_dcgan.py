@@ -141,6 +141,7 @@ def train_step(G, D, opt_d, opt_g, augment, real, step, args):
 
     real: (k * N, C, H, W) in [-1, 1]; step: its number, from 0. All losses are means of -log D or
     -log(1 - D), from logits: -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit).
+    For another loss change loss_real, loss_d, loss_g; augment needs the sign of logits_real only.
     """
     gamma = args.r1 * R1_EVERY if step % R1_EVERY == 0 else 0.0
     for x in real.chunk(args.k):
