@@ -355,6 +355,7 @@ def update_ema(G_ema, G, step, decay):
     """
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     average(list(G_ema.parameters()), list(G.parameters()), step)
+    torch.autograd.graph.increment_version(list(G_ema.parameters()))  # a GPU does not by itself
     for ours, theirs in zip(G_ema.modules(), G.modules()):
         if not isinstance(ours, nn.modules.batchnorm._BatchNorm):
             for buffer, current in zip(ours.buffers(False), theirs.buffers(False)):

@@ -201,7 +201,8 @@ def train_step(G, D, opt_d, opt_g, augment, real, args):
 
 def imbalance(stats, args):
     """What it means that most of these steps hit the bound, and what helps; else None."""
-    bound, of_d, of_g = (sum(s[k].item() for s in stats) for k in ("bound", "extra_d", "extra_g"))
+    rows = [torch.stack([s["bound"], s["extra_d"], s["extra_g"]]) for s in stats]
+    bound, of_d, of_g = torch.stack(rows).sum(0).tolist()  # waits for the device once
     if bound <= len(stats) / 2:
         return None
     behind, ahead = ("D", "G") if of_d > of_g else ("G", "D")

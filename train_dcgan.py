@@ -29,7 +29,7 @@ R1_EVERY = 16  # steps from penalty to penalty, each that many times as strong (
 def get_args(argv, **flags):
     # batch, decay and rates won in docs/experiments.md; the paper's are 128, no average and 2e-4.
     # What is None here is settled below, by data and size.
-    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.995, augment=None)
+    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.99, augment=None)
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")

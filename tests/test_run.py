@@ -574,7 +574,7 @@ def test_statistics_of_a_copy_that_changed_get_a_file_of_their_own(imgs, monkeyp
     step = train_dcgan.train_step
 
     def more(*arguments):
-        return step(*arguments) | {f"own_{i}": torch.tensor(float(i)) for i in range(6)}
+        return step(*arguments) | {f"own_{i}": arguments[5].new_full((), i) for i in range(6)}
 
     monkeypatch.setattr(train_dcgan, "train_step", more)
     train_dcgan.train(resume=run, epochs=2)
@@ -590,7 +590,7 @@ def test_statistics_of_a_copy_that_changed_get_a_file_of_their_own(imgs, monkeyp
 def test_a_critic_with_a_negative_loss_has_not_won(imgs, monkeypatch, capsys):
     monkeypatch.setattr(common, "PATIENCE", 5)
     step = train_dcgan.train_step
-    negative = lambda *arguments: step(*arguments) | {"loss_d": torch.tensor(-3.0)}
+    negative = lambda *arguments: step(*arguments) | {"loss_d": arguments[5].new_full((), -3.0)}
     monkeypatch.setattr(train_dcgan, "train_step", negative)
     train_dcgan.train(**SMALL)
     assert "D has won" not in capsys.readouterr().out
