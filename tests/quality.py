@@ -5,6 +5,7 @@
     python tests/quality.py measure mnist runs/fcgan-mnist     # the test images in --data_dir, too
     python tests/quality.py compare imgs/ --kimg 50 200 --seeds 0 1 \\
         "plain: train_dcgan.py --lrd 2e-4 --lrg 2e-4" "faster: train_dcgan.py"
+    python tests/quality.py compare imgs/ --train 400 --kimg 100 "few: train_dcgan.py"
     python tests/quality.py cost imgs/ "plain: train_dcgan.py" "k 2: train_dcgan.py --k 2"
 
 The network learns without labels how far an image has been turned (0, 90, 180 or 270 degrees;
@@ -14,6 +15,9 @@ samples and of the images it has not learned from (of MNIST, the training images
 are whitened first: on the real images they are uncorrelated and vary by 1, so that all that they
 see counts alike, not only what tells a turned image. It compares with nothing but distances to the
 same images at the same size. The networks are kept in --cache.
+
+With --train, recipes learn from that many of the images, exact duplicates left out, and the network
+learns from half of the others: samples are compared with the other half, which neither has seen.
 """
 
 import argparse
@@ -133,20 +137,18 @@ def judge(net, pixels):
 class Yardstick:
     """A trained network for some images, and the statistics that distances are taken to."""
 
-    def __init__(self, data, image_size, channels, data_dir="data", cache=".cache"):
+    def __init__(self, data, image_size, channels, data_dir="data", cache=".cache", train=0):
         if data == "mnist":
             learned, labels = common.read_dataset("mnist", data_dir)
             test, test_labels = read_test_split(data_dir)
             self.images = common.resized(learned, image_size, channels)
             self.other = common.resized(test, image_size, channels)
         else:
-            images, labels = common.load_images(data, image_size, channels, cache), None
-            # exact duplicates could be learned from and judged by
-            images = list({image.tobytes(): image for image in images}.values())
+            (_, images), labels = parted(data, image_size, channels, cache, train), None
             if len(images) < 256:
                 raise SystemExit(f"{len(images)} images are too few for a yardstick: 256 or more")
-            self.other = learned = np.array(images[0::2])
-            self.images = np.array(images[1::2])
+            self.other = learned = np.ascontiguousarray(images[0::2])
+            self.images = np.ascontiguousarray(images[1::2])
         self.net = self.trained(learned, labels, cache)
         if labels is None:
             n = len(self.images) // 4 * 4
@@ -186,6 +188,17 @@ class Yardstick:
         """Frechet distance of uint8 (n, H, W, C), and the probabilities of the classes."""
         features, p = judge(self.net, pixels)
         return fid.frechet_distance(self.mu, self.sigma, *self.moments(features)), p
+
+
+def parted(data, image_size, channels, cache, train):
+    """Images (train, H, W, C) that recipes learn from, always the same, and all others.
+
+    Without exact duplicates: those could be learned from and judged by.
+    """
+    images = common.load_images(data, image_size, channels, cache)
+    images = np.array(list({image.tobytes(): image for image in images}.values()))
+    order = np.random.default_rng(0).permutation(len(images))
+    return images[np.sort(order[:train])], images[np.sort(order[train:])]
 
 
 def read_test_split(data_dir):
@@ -239,8 +252,10 @@ def generators(path):
 
 
 @functools.cache
-def yardstick_for(data, image_size, channels, data_dir, cache):
-    return Yardstick(data, image_size, channels, data_dir, cache)
+def yardstick_for(data, image_size, channels, data_dir, cache, train):
+    yardstick = Yardstick(data, image_size, channels, data_dir, cache, train)
+    print(f"other real images {yardstick.distance(yardstick.other)[0]:.4g}", flush=True)
+    return yardstick
 
 
 def distances(path, args):
@@ -250,7 +265,7 @@ def distances(path, args):
             continue
         pixels = common.generate(G, common.latents(z, 0, range(SAMPLES)))
         size, channels = pixels.shape[1], str(pixels.shape[-1])
-        yardstick = yardstick_for(args.data, size, channels, args.data_dir, args.cache)
+        yardstick = yardstick_for(args.data, size, channels, args.data_dir, args.cache, args.train)
         yield label, *yardstick.distance(pixels)
 
 
@@ -271,7 +286,7 @@ def measure(args):
 def recipes(args):
     """{name: words of the command} of texts such as "plain: train_dcgan.py --lrd 2e-4"."""
     data = ["--dataset", "mnist", "--data_dir", args.data_dir]
-    data = data if args.data == "mnist" else ["--path", args.data]
+    data = data if args.data == "mnist" else ["--path", args.path or args.data]
     for text in args.recipes:
         name, _, command = text.partition(":")
         script, *flags = shlex.split(command)
@@ -282,7 +297,18 @@ def recipes(args):
 def n_images(args):
     if args.data == "mnist":
         return 60_000
-    return len(common.load_images(args.data, args.image_size, "auto", args.cache))
+    return len(common.load_images(args.path or args.data, args.image_size, "auto", args.cache))
+
+
+def write_part(args):
+    """The folder of the --train images that recipes learn from, in --out; written once."""
+    folder = args.out / f"train-{args.train}"
+    if not folder.exists():
+        images, _ = parted(args.data, args.image_size, "auto", args.cache, args.train)
+        folder.mkdir(parents=True)
+        for i, image in enumerate(images):
+            common.to_picture(image).save(folder / f"{i:06d}.png")
+    return str(folder)
 
 
 def compare(args):
@@ -290,6 +316,7 @@ def compare(args):
 
     What is in --out is not trained or measured again, so that recipes and seeds can be added.
     """
+    args.path = write_part(args) if args.train else None
     n, rows = n_images(args), collections.defaultdict(dict)
     for (name, command), seed in itertools.product(recipes(args), args.seeds):
         folder = args.out / f"{name}-s{seed}"
@@ -343,13 +370,14 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for work in (check, measure, compare, cost):
         sub = commands.add_parser(work.__name__, help=work.__doc__)
-        sub.set_defaults(work=work)
+        sub.set_defaults(work=work, path=None)
         sub.add_argument("data", help="a folder or .zip of images, or mnist")
         sub.add_argument("--data_dir", default="data", help="of MNIST, with its test files")
         sub.add_argument("--cache", default=".cache")
         if work in (check, compare, cost):
             sub.add_argument("--image_size", type=int, default=32)
         if work in (compare, measure):
+            sub.add_argument("--train", type=int, default=0, help="different images to train on")
             sub.add_argument("--only", nargs="+", help="raw, averaged, copied; default: all")
         if work is check:
             sub.add_argument("--out", type=Path, help="a picture of the curves")

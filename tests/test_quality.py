@@ -64,8 +64,8 @@ def test_a_judge_that_cannot_judge_is_none(imgs, monkeypatch):
 def test_recipes_are_trained_to_each_number_of_images_and_measured_once(scenes, capsys):
     small = "--image_size 16 --width 4 --z_dim 8 --batch_size 40"
     args = argparse.Namespace(
-        data=scenes, data_dir="", cache=".cache", image_size=16, only=None, kimg=[0.8, 0.4],
-        seeds=[1], out=Path("out"),
+        data=scenes, data_dir="", cache=".cache", image_size=16, train=0, only=None,
+        kimg=[0.8, 0.4], seeds=[1], out=Path("out"),
         recipes=[f"plain: train_dcgan.py {small}", f"r1: train_variants.py {small} --r1 1"],
     )  # fmt: skip
     quality.compare(args)
@@ -85,6 +85,25 @@ def test_recipes_are_trained_to_each_number_of_images_and_measured_once(scenes, 
     times = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
     quality.compare(args)
     assert times == {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+
+
+def test_what_recipes_learn_from_is_kept_from_the_judge(scenes, capsys):
+    for i in range(25):
+        shutil.copy(f"scenes/{i}.png", f"scenes/copy_{i}.png")
+    args = argparse.Namespace(
+        data=scenes, data_dir="", cache=".cache", image_size=16, train=100, only=["averaged"],
+        kimg=[0.2], seeds=[0], out=Path("out"),
+        recipes=["few: train_dcgan.py --image_size 16 --width 4 --z_dim 8 --batch_size 50"],
+    )  # fmt: skip
+    quality.compare(args)
+    assert "other real images" in capsys.readouterr().out
+    kept = common.load_file("out/few-s0/epochs_2.pt")
+    assert (kept["n_images"], kept["step"]) == (100, 4)
+    yardstick = quality.Yardstick(scenes, 16, "auto", train=100)
+    parts = common.load_images("out/train-100", 16), yardstick.other, yardstick.images
+    trained, learned, judged = ({image.tobytes() for image in part} for part in parts)
+    assert (len(trained), len(learned), len(judged)) == (100, 150, 150)
+    assert len(trained | learned | judged) == 400
 
 
 @pytest.mark.parametrize("r1", [{}, {"norm_d": "none", "every": 16, "init": "xavier"}])
