@@ -156,8 +156,8 @@ def plain_dcgan(args):
 
 
 def our_dcgan(args):
-    sizes = {"image_size": 64, "width": 64, "batch_size": 64}
-    return ours(train_dcgan.train, path=args.path, device=args.device, **sizes)
+    flags = {"image_size": 64, "width": 64, "batch_size": 64, "compile": args.compile}
+    return ours(train_dcgan.train, path=args.path, device=args.device, **flags)
 
 
 def plain_fcgan(args):
@@ -170,7 +170,7 @@ def plain_fcgan(args):
 
 def our_fcgan(args):
     flags = {"dataset": "mnist", "data_dir": args.path, "device": args.device}
-    flags |= {"norm": "none", "dropout": 0}  # as published
+    flags |= {"norm": "none", "dropout": 0, "compile": args.compile}  # as published
     return ours(train_fcgan.train, **flags)
 
 
@@ -316,6 +316,9 @@ def main():
     parser.add_argument("--path", type=Path, help="folder of .jpg images or MNIST")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", help="of fid")
+    parser.add_argument(
+        "--compile", action="store_true", help="of dcgan, fcgan: with torch.compile"
+    )
     args = parser.parse_args()
     if args.what in what[:3] and not args.path:
         parser.error("--path is missing")
