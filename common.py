@@ -775,7 +775,8 @@ def choose_device(name):
         found = name == "auto" and torch.accelerator.current_accelerator(check_available=True)
         device = found or torch.device("cpu" if name == "auto" else name)
         built_for = torch.version.cuda
-        if name == "auto" and not found and (built_for or shutil.which("nvidia-smi")):
+        missing = name == "auto" and not found and RANK == 0
+        if missing and (built_for or shutil.which("nvidia-smi")):
             cpus = "this torch is built for CPUs: https://pytorch.org/get-started has others"
             why = f"no driver that fits CUDA {built_for}, see nvidia-smi" if built_for else cpus
             print(f"WARNING: no GPU is used ({why})")

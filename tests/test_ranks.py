@@ -92,7 +92,8 @@ def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
     there += [f"--master_port={free_port()}"]
     machines = [start([*there, f"--node_rank={rank}"], WORKER, job) for rank in range(2)]
     (out, _), (silence, _) = map(finish, machines)
-    assert "2 processes" in out and silence == ""
+    silence = [line for line in silence.splitlines() if not line.startswith("[Gloo]")]
+    assert "2 processes" in out and not silence
 
     for run in ("dcgan", "fcgan", "balanced", "undisturbed"):
         (alone,) = noted(run, 1)
