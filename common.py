@@ -159,7 +159,7 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
         raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {notes}")
     each, found = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB", ""
     with contextlib.suppress(OSError), notes.open(errors="replace") as file:
-        found = f"; {file.readline().strip()}, see {notes}"
+        found = f"; {file.readline().strip()}"
     print(f"{len(images):,} images of {path}, {each}{found}; in {cached}", flush=True)
     images.fingerprint = short_hash([(Path(name).name, size) for name, size, _ in files])
     return images
@@ -183,10 +183,11 @@ def fill_cache(cached, names, open_image, image_size, channels):
                 hashes.append(hashlib.sha256(pixels).digest())
         file.seek(0)  # numpy leaves room in a header for any first axis
         np.lib.format.write_array_header_1_0(file, header())
-    facts = f"{len(hashes) - len(set(hashes)):,} are exact duplicates"
-    facts += f"; {len(errors):,} of {len(names):,} files cannot be decoded" if errors else ""
-    notes = "\n".join([facts, *errors, ""])
-    write_file(cached.with_suffix(".txt"), notes.encode("utf-8", "backslashreplace"))
+    notes, duplicates = cached.with_suffix(".txt"), len(hashes) - len(set(hashes))
+    facts = f"exact duplicates: {duplicates:,}"
+    if errors:
+        facts += f"; {len(errors):,} of {len(names):,} files cannot be decoded, see {notes}"
+    write_file(notes, "\n".join([facts, *errors, ""]).encode("utf-8", "backslashreplace"))
 
 
 def load_data(args):
@@ -942,11 +943,11 @@ def newest_run(script=""):
     runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
     head = lambda ini: ini.read_text(errors="replace") if ini.exists() else ""
     runs = [run for run in runs if not script or f"[{script}]" in head(run / "config.ini")]
+    kind = f"of {script}.py " if script else ""
     if not runs:
-        kind = f"of {script}.py " if script else ""
         raise UserError(f"there is no run {kind}in runs/: train one first, or name its folder")
     newest = max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
-    print(f"{newest} is the newest run in runs/")
+    print(f"{newest} is the newest run {kind}in runs/")
     return newest
 
 

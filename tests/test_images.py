@@ -156,7 +156,7 @@ def test_the_line_after_decoding_tells_what_costs_samples(imgs, capsys):
         common.load_images("imgs", 16)
         out = capsys.readouterr().out
         assert "1 of 27 files cannot be decoded, see .cache/" in out, start
-        assert "2 are exact duplicates" in out, start
+        assert "exact duplicates: 2" in out, start
         assert "1 images " in out and ".heic" in out, start
 
 

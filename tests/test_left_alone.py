@@ -161,7 +161,7 @@ def test_resume_takes_a_file_of_a_run_and_says_which_it_took(imgs, capsys):
     run = train_dcgan.train(**SMALL | {"epochs": 1})
     train_dcgan.train(resume=run / "generator_0001.pt", epochs=2)
     train_dcgan.train(resume=True, epochs=3)
-    assert "runs/dcgan-imgs is the newest run in runs/" in capsys.readouterr().out
+    assert "runs/dcgan-imgs is the newest run of train_dcgan.py in runs/" in capsys.readouterr().out
     assert common.load_file(run / "checkpoint.pt")["step"] == 9
 
 

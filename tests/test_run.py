@@ -546,7 +546,7 @@ def test_a_finished_run_says_so_and_changes_nothing(imgs, monkeypatch, capsys):
 def test_resume_alone_says_which_run_it_took(imgs, capsys):
     run = train_dcgan.train(**SMALL | {"epochs": 1})
     train_dcgan.train(resume=True, epochs=2)
-    assert f"{run} is the newest run in runs/" in capsys.readouterr().out
+    assert f"{run} is the newest run of train_dcgan.py in runs/" in capsys.readouterr().out
 
 
 def test_hints_can_be_typed_whatever_the_path(imgs, capsys):
