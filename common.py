@@ -4,7 +4,7 @@ A script has a Generator(**generator_args), (N, numbers) -> float32 images in [-
 generate.py builds it anew, and a Discriminator, images -> float32 logits (N,).
 
 data      decode, load_images, load_data; read_dataset: MNIST, CIFAR-10, drawn characters
-model     prepare, averaged, update_ema, draw_latents, latents, generate, Augment, summary
+model     prepare, averaged, update_ema, draw_latents, latents, generate, Recorded
 pictures  to_uint8, save_grid, save_gif, save_curves
 --------- to adapt a script you need not read on
 flags     run_parser, parse_flags, config.ini
@@ -21,7 +21,9 @@ import datetime
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -32,6 +34,7 @@ import signal
 import socket
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +50,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # ------------------------------------------------------------------------------------------ data
 
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-OTHER_ENDINGS = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".tga", ".psd", ".svg", ".dng")
+NO_PIXELS = ("EPS", "PDF", "WMF", "MPEG", "HDF5", "GRIB", "BUFR")  # Pillow only knows their names
+OTHER_ENDINGS = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw", ".raw")
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -76,15 +79,15 @@ def decode(file, image_size=None, channels=3):
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def decoded(names, open_image, work=None, **options):
+def decoded(names, open_image, work=decode, **options):
     """Decode files in threads; yields (pixels, None) or (None, what is wrong), in their order."""
 
     def attempt(name):
         try:
             with open_image(name) as file:
-                return (work or decode)(file, **options), None
+                return work(file, **options), None
         except Exception as error:  # decoders raise anything at all on damaged files
-            return None, f"{name}: {str(error) or type(error).__name__}"
+            return None, str(error) or type(error).__name__
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(names), CHUNK):  # few at a time: photographs may be large
@@ -94,37 +97,61 @@ def decoded(names, open_image, work=None, **options):
 
 
 def image_files(path):
-    """Of a folder or .zip: sorted (name, bytes, time or hash) of its images, and what opens one."""
-    path, names = Path(path), []
+    """Of a folder or .zip: {name: (bytes, time or hash)} of its images, and what opens one.
+
+    In a folder links are followed; what these scripts wrote, runs and samples, is left out.
+    """
+    path, found = Path(path), {}
     if path.is_dir():
-        place = lambda name: os.path.join(path, name)
-        for folder, subfolders, inside in os.walk(path):
-            if "checkpoint.pt" in inside:  # a run: its sample grids are no data
-                inside = subfolders[:] = []
-            subfolders[:] = [name for name in subfolders if name[0] != "."]
-            names += [os.path.join(folder, name)[len(place("")) :] for name in inside]
-        # of a link to nowhere its own facts
-        stat = lambda name: os.stat(place(name), follow_symlinks=os.path.exists(place(name)))
-        facts = lambda name: (stat(name).st_size, stat(name).st_mtime_ns)
-        open_image = lambda name: open(place(name), "rb")  # noqa: SIM115
+        root = os.path.join(path, "")
+        open_image = lambda name: open(root + name, "rb")  # noqa: SIM115
+        folders, seen = [] if is_run(path) else [root], {os.path.realpath(path)}
+        for folder in folders:  # grows on the way
+            try:
+                entries = [*os.scandir(folder)]
+            except OSError as error:
+                say(f"WARNING: left out, as it cannot be listed: {error}")
+                continue
+            ours = {e.name for e in entries if is_run(e) or Path(e, ".run").exists()}
+            grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
+            for entry in entries:
+                if entry.name.startswith((".", "__MACOSX")) or entry.name in ours:
+                    continue
+                if entry.is_dir():
+                    if (whole := os.path.realpath(entry)) not in seen:  # links may go in circles
+                        folders.append(entry.path)
+                        seen.add(whole)
+                elif not entry.name.startswith(grids):
+                    there = not entry.is_symlink() or os.path.exists(entry)
+                    facts = entry.stat(follow_symlinks=there)  # of a link to nowhere its own
+                    found[entry.path[len(root) :]] = facts.st_size, facts.st_mtime_ns
     else:
         try:
-            names = (archive := zipfile.ZipFile(path)).namelist()
+            archive = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
             state = (
                 f"is neither a folder nor a .zip ({error})" if path.exists() else "does not exist"
             )
             raise UserError(f"{path} {state}: pass a folder or .zip of images") from None
-        facts = lambda name: (archive.getinfo(name).file_size, archive.getinfo(name).CRC)
+        for member in archive.infolist():
+            parts = [part for part in member.filename.split("/") if part != "."]
+            if not any(part.startswith((".", "__MACOSX")) for part in parts):
+                found[member.filename] = member.file_size, member.CRC
         open_image = lambda name: io.BytesIO(archive.read(name))
-    names = [name for name in names if "/." not in f"/{name}" and "__MACOSX" not in name]
-    if other := sum(name.lower().endswith(OTHER_ENDINGS) for name in names):
-        print(f"{other:,} images are left out: {' '.join(OTHER_ENDINGS)} are not read")
-    names = sorted(name for name in names if name.lower().endswith(ENDINGS))
+    kinds = Image.registered_extensions().items()
+    endings = tuple(end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PIXELS)
+    names = sorted(name for name in found if name.lower().endswith(endings))
+    other = [name for name in found if name.lower().endswith(OTHER_ENDINGS)]
+    if left_out := len({*other}.difference(names)):
+        say(f"{left_out:,} images are left out: of {' '.join(OTHER_ENDINGS)} not all are read")
     if not names:
-        searched = f"{' '.join(ENDINGS)}, also in subfolders that are no run"
+        searched = "whatever Pillow reads, .jpg .png .webp ..., also in subfolders that are no run"
         raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
-    return [(name, *facts(name)) for name in names], open_image
+    return {name: found[name] for name in names}, open_image
+
+
+def is_run(folder):
+    return all(Path(folder, name).is_file() for name in ("checkpoint.pt", "config.ini"))
 
 
 def load_images(path, image_size, channels="auto", cache=".cache"):
@@ -132,36 +159,34 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
 
     Images are cropped to their central square and resized to `image_size`. `channels` is "1", "3"
     or "auto": 1 if all files are grey. The result stays in `cache` while files and settings stay
-    the same; its attribute `fingerprint` follows from the files' names and sizes. Undecodable files
-    are skipped and listed; UserError if nothing is left.
+    the same. Its attributes: `names` of the files that could be decoded, and `fingerprint`, which
+    follows from the pixels. Undecodable files are listed; UserError if nothing is left.
     """
     files, open_image = image_files(path)
-    names, whole = [name for name, *_ in files], Path(path).resolve()
-    if channels == "auto":
-        modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
-        channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
+    whole = Path(path).resolve()
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
-    cached = Path(cache, f"{place}{short_hash((4, files))}.npy")  # another 4 where decode changes
-    try:
-        images = np.load(cached, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there, or not whole
+    cached = Path(cache, f"{place}{short_hash((5, files))}.npy")  # another 5 where decode changes
+    if not (found := read_cache(cached, files, open_image, image_size)):
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            fill_cache(cached, names, open_image, image_size, int(channels))
-            for stale in cached.parent.iterdir():  # made when the files were others
-                if stale.name.startswith(place) and stale.stem != cached.stem:
-                    stale.unlink(missing_ok=True)
+            fill_cache(cached, [*files], open_image, image_size, channels)
         except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        images = np.load(cached, mmap_mode="r")
-    notes = cached.with_suffix(".txt")
+        for stale in cached.parent.iterdir():  # made when the files were others
+            if stale.name.startswith(place) and stale.stem != cached.stem:
+                stale.unlink(missing_ok=True)
+        found = read_cache(cached, files, None, image_size)
+    images, notes = found
+    failed, beside = notes["failed"], cached.with_suffix(".json")
     if not len(images):
-        raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {notes}")
-    each, found = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB", ""
-    with contextlib.suppress(OSError), notes.open(errors="replace") as file:
-        found = f"; {file.readline().strip()}"
-    print(f"{len(images):,} images of {path}, {each}{found}; in {cached}", flush=True)
-    images.fingerprint = short_hash([(Path(name).name, size) for name, size, _ in files])
+        raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {beside}")
+    line = f"{len(images):,} images of {path}, {images.shape[1:]} each, "
+    line += f"{images.nbytes / 1e6:,.0f} MB; exact duplicates: {notes['duplicates']:,} (kept)"
+    if failed:
+        line += f"; {len(failed):,} of {len(files):,} files cannot be decoded, see {beside}"
+    say(f"{line}; in {cached}")
+    images.fingerprint = notes["fingerprint"]
+    images.names = [name for name in files if name not in failed]
     return images
 
 
@@ -169,46 +194,88 @@ def short_hash(content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
+def read_cache(cached, files, open_image, image_size):
+    """The array and notes of fill_cache; None where they do not fit, or a file that failed then
+    can be decoded now."""
+    try:
+        images = np.load(cached, mmap_mode="r")
+        notes = json.loads(cached.with_suffix(".json").read_text())
+        failed, channels = [*notes["failed"]], notes["channels"]
+        shape = len(files) - len(failed), image_size, image_size, channels
+        if images.shape != shape or images.dtype != np.uint8:
+            return None
+        again = decoded(failed if open_image else [], open_image, image_size=image_size)
+        return None if any(error is None for _, error in again) else (images, notes)
+    except (OSError, ValueError, EOFError, LookupError, TypeError):  # not there, or not whole
+        return None
+
+
 def fill_cache(cached, names, open_image, image_size, channels):
-    """Decode files into the .npy `cached`; what failed, and copies, into a .txt beside it."""
-    hashes, errors, shape = [], [], (image_size, image_size, channels)
+    """Decode files into the .npy `cached`, with notes on them in a .json beside it."""
+    if channels == "auto":
+        modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
+        channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
+    hashes, failed, shape = [], {}, (image_size, image_size, int(channels))
     header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
         np.lib.format.write_array_header_1_0(file, header())
-        for pixels, error in decoded(names, open_image, image_size=image_size, channels=channels):
+        images = decoded(names, open_image, image_size=image_size, channels=shape[2])
+        for name, (pixels, error) in zip(names, images):
             if error:
-                errors.append(error)
+                failed[name] = error
             else:
                 file.write(pixels)
-                hashes.append(hashlib.sha256(pixels).digest())
+                hashes.append(hashlib.sha256(pixels).hexdigest())
         file.seek(0)  # numpy leaves room in a header for any first axis
         np.lib.format.write_array_header_1_0(file, header())
-    notes, duplicates = cached.with_suffix(".txt"), len(hashes) - len(set(hashes))
-    facts = f"exact duplicates: {duplicates:,}"
-    if errors:
-        facts += f"; {len(errors):,} of {len(names):,} files cannot be decoded, see {notes}"
-    write_file(notes, "\n".join([facts, *errors, ""]).encode("utf-8", "backslashreplace"))
+    notes = {"fingerprint": short_hash(hashes), "duplicates": len(hashes) - len({*hashes})}
+    notes |= {"channels": shape[2], "failed": failed}
+    write_file(cached.with_suffix(".json"), json.dumps(notes, indent=1).encode())
+
+
+def classes_of(names):
+    """The subfolders that files "cats/1.jpg" lie in, sorted, and the number of each file's, int64
+    (N,); [], None where all lie in one, or some beside them."""
+    paths = [name.replace(os.sep, "/").split("/")[:-1] for name in names]
+    depth = len(os.path.commonprefix(paths))
+    if any(len(path) == depth for path in paths):
+        return [], None
+    kinds, numbers = np.unique([path[depth] for path in paths], return_inverse=True)
+    return kinds.tolist(), numbers
 
 
 def load_data(args):
     """The images that the flags name, uint8 (N, H, W, C), and their classes, int64 (N,) or None.
 
-    `args` gets a fingerprint of them, so that a run is not resumed with others.
+    Classes are those of the data set, or the subfolders of --path. `args` gets their names,
+    `classes`, and a `fingerprint` of the images, so that a run is not resumed with others.
     """
-    if args.label and args.path:
-        raise UserError(f"--label needs --dataset {' or '.join(DATASETS)}: --path has no classes")
     if RANK > 0:
         dist.barrier()  # rank 0 comes first: what it decodes or downloads is there for the others
     if args.path:
         images = load_images(args.path, args.image_size, args.channels, args.cache)
-        args.fingerprint, labels = images.fingerprint, None
+        args.fingerprint, (args.classes, labels) = images.fingerprint, classes_of(images.names)
+        if args.classes:
+            say("classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(args.classes)))
     else:
         data = args.dataset, args.data_dir, args.image_size, args.channels
         (images, labels), args.fingerprint = read_dataset(*data), args.dataset
+        args.classes = [str(number) for number in range(labels.max() + 1)]
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
-    chosen = np.isin(labels, args.label) if args.label else slice(None)
-    return images[chosen], None if labels is None else labels[chosen]
+    if args.label:
+        chosen = np.isin(labels, class_numbers(args.label, args.classes))
+        images, labels = images[chosen], labels[chosen]
+    return images, labels
+
+
+def class_numbers(words, names):
+    """The numbers of classes that --label asks for, by number or name."""
+    for word in words:
+        if word not in names and not (word.isdecimal() and int(word) < len(names)):
+            known = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none"
+            raise UserError(f"--label {word}: the classes of these images are {known}")
+    return [names.index(word) if word in names else int(word) for word in words]
 
 
 # MNIST, CIFAR-10 and drawn characters
@@ -244,10 +311,16 @@ def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
 def find_or_download(name, folder, read, *options):
     """What `read` makes of a file in one of its usual places below `folder`, or downloaded."""
     plain = name.removesuffix(".gz")
-    places = [name, plain, f"MNIST/raw/{name}", f"MNIST/raw/{plain}"]
-    places += ["cifar-10-batches-bin"] if name.startswith("cifar") else []
-    path = next((folder / place for place in places if (folder / place).exists()), folder / name)
-    if not path.exists():
+    names = [name, plain, *(each.replace("-idx", ".idx") for each in (name, plain))]
+    places = [folder / below / each for below in ("", "MNIST/raw", "mnist") for each in names]
+    places += [place / place.name for place in places]  # a folder of that name around it
+    places += [folder / "cifar-10-batches-bin"] if name.startswith("cifar") else []
+    there = [place for place in places if place.exists()]
+    whole = [place for place in there if place.is_file() or place == places[-1]]
+    if there and not whole:
+        raise UserError(f"{there[0]} is a folder without {plain}: put the file into {folder}")
+    path = whole[0] if whole else folder / name
+    if not whole:
         download(FILES[name][0] + name, path, FILES[name][1])
     try:
         return read(path, *options)
@@ -257,7 +330,7 @@ def find_or_download(name, folder, read, *options):
 
 def download(url, path, sha256):
     """Fetch a file, which takes its name once its hash is right; UserError says where to put it."""
-    print(f"downloading {url} to {path}", flush=True)
+    say(f"downloading {url} to {path}")
     socket.setdefaulttimeout(60)  # seconds of silence
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -352,11 +425,10 @@ def averaged(G, device):
 def update_ema(G_ema, G, step, decay):
     """Move the averaged generator towards G, faster in the first steps; `step` counts from 0.
 
-    Buffers are copied, but for BatchNorm's: Run makes those when G_ema is used.
+    Buffers are copied, but for BatchNorm's: Run makes those when it draws or saves G_ema.
     """
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     average(list(G_ema.parameters()), list(G.parameters()), step)
-    torch.autograd.graph.increment_version(list(G_ema.parameters()))  # a GPU does not by itself
     for ours, theirs in zip(G_ema.modules(), G.modules()):
         if not isinstance(ours, nn.modules.batchnorm._BatchNorm):
             for buffer, current in zip(ours.buffers(False), theirs.buffers(False)):
@@ -377,30 +449,33 @@ def exact():
 
 @exact()
 @torch.no_grad()
-def refresh_batchnorm(G_ema, latent, generator, device="cpu"):
+def refresh_batchnorm(G_ema, latent, seed=0):
     """Estimate the BatchNorm statistics of averaged weights anew: no copy of G's would fit them."""
+    source = torch.Generator().manual_seed(mixed(seed, "batchnorm"))
     layers = [m for m in G_ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:  # they alone learn: spectral normalisation, dropout stay as they are
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
     for _ in range(8 if layers else 0):
-        G_ema(draw_latents(latent, CHUNK, generator=generator).to(device))
+        G_ema(draw_latents(latent, CHUNK, source).to(next(G_ema.parameters()).device))
     G_ema.eval()
 
 
-def draw_latents(latent, n, device="cpu", generator=None, label=None):
+def draw_latents(latent, n, generator=None, label=None):
     """n inputs of G, (n, dim): {"dim": 100, "distribution": "normal" or "uniform"} says how.
 
     With {"classes": 10} besides, a class follows in one-hot form, (n, dim + 10): `label`, or any.
     """
+    if latent["distribution"] not in ("normal", "uniform"):
+        raise UserError(f"a latent is normal or uniform, not {latent['distribution']!r}")
     draw = torch.rand if latent["distribution"] == "uniform" else torch.randn
-    z = draw(n, latent["dim"], device=device, generator=generator)
+    z = draw(n, latent["dim"], generator=generator)
     z = z * 2 - 1 if latent["distribution"] == "uniform" else z
     if "classes" not in latent:
         return z
     label = torch.randint(latent["classes"], (n,), generator=generator) if label is None else label
-    return torch.cat([z, torch.eye(latent["classes"], device=device)[label].expand(n, -1)], 1)
+    return torch.cat([z, torch.eye(latent["classes"])[label].expand(n, -1)], 1)
 
 
 def latents(latent, seed, numbers, label=None):
@@ -412,7 +487,7 @@ def latents(latent, seed, numbers, label=None):
     for number in numbers:
         source.manual_seed(mixed(seed, "image", number))
         its_class = number % latent.get("classes", 1) if label is None else label
-        rows.append(draw_latents(latent, 1, generator=source, label=its_class))
+        rows.append(draw_latents(latent, 1, source, its_class))
     return torch.cat(rows)
 
 
@@ -435,78 +510,133 @@ def generate(G, z):
     return np.concatenate(images)
 
 
-KINDS = ("translation", "scale", "stretch", "colour", "cutout")
-BY_NEED = KINDS[:3]
-TARGET, MOST, PACE = 0.75, 0.5, 50_000  # of `sure`; of p; images for p to go from 0 to 1
+class Recorded:
+    """A training step as a CUDA graph: recorded once, then replayed, with the same results.
 
-
-class Augment(nn.Module):
-    """Disturbs what D sees, images (N, C, H, W), real and generated alike; G learns through it.
-
-    A list of KINDS: each on every image (DiffAugment, Zhao et al., 2020, arXiv:2006.10738). "need":
-    BY_NEED, each on an image with probability p, which `update` moves (Karras et al., 2020,
-    arXiv:2006.06676). "none": nothing.
+    A step is hundreds of small kernels, which take longer to launch than to compute; a graph is
+    launched as a whole. Python does not run in it: tensors among the arguments are read anew, True
+    and False choose between graphs, any other number holds for good. Where that cannot be, or on
+    other devices and in several processes, the step is called as it is. Returns a dict of tensors.
     """
 
-    def __init__(self, policy):
-        super().__init__()
-        self.by_need = policy == "need"
-        self.kinds = BY_NEED if self.by_need else policy.split(",")
-        always = float(policy not in ("need", "none"))
-        self.register_buffer("p", torch.tensor(always), persistent=self.by_need)
-        self.register_buffer("sure", torch.tensor(0.0), persistent=self.by_need)
+    def __init__(self, step, device, args):
+        self.step, self.device, self.signature = step, device, inspect.signature(step)
+        self.on = args.graph and device.type == "cuda" and WORLD_SIZE == 1
+        self.stream = torch.cuda.Stream(device) if self.on else None
+        self.graphs, self.calls, self.held, self.rates = {}, {}, {}, {}
 
-    @torch.no_grad()
-    def update(self, logits_real):
-        """After an update of D: move p by D's logits of the real images as it saw them, (N,)."""
-        if self.by_need:
-            self.sure.lerp_(rank_mean(logits_real.sign().mean()), 0.03)
-            step = len(logits_real) * WORLD_SIZE / PACE
-            self.p.add_((self.sure - TARGET).sign(), alpha=step).clamp_(0, MOST)
+    def __call__(self, *args, **kwargs):
+        if not self.on:
+            return self.step(*args, **kwargs)
+        call = self.signature.bind(*args, **kwargs)
+        if name := self.changed(call.arguments):
+            self.stay_plain(
+                f"{name} changes between calls: make it a 0-d tensor, or True and False"
+            )
+        if self.on:
+            of = lambda kind: {n: v for n, v in call.arguments.items() if isinstance(v, kind)}
+            tensors = of(torch.Tensor)
+            key = *of(bool).values(), *((t.shape, t.dtype) for t in tensors.values())
+            with self.rates_on_device(of(torch.optim.Optimizer).values()):
+                if key not in self.graphs:
+                    self.calls[key] = self.calls.get(key, 0) + 1
+                    if self.calls[key] <= 3:  # in which libraries choose their kernels
+                        return self.warm_up(call)
+                    self.record(key, call, tensors)
+                if self.on:
+                    return self.replay(key, tensors)
+        return self.step(*args, **kwargs)
 
-    def forward(self, images):
-        if "none" in self.kinds:
-            return images
-        n, _, height, width = images.shape
-        rand = lambda: torch.rand(n, 1, 1, 1, device=images.device)
-        some = lambda values: values * (rand() < self.p)  # 0 leaves an image as it is
-        if "colour" in self.kinds:
-            images = images + some(rand() - 0.5)  # brightness
-            grey = images.mean(1, keepdim=True)
-            images = (images - grey) * (1 + some(2 * rand() - 1)) + grey  # saturation
-            mean = images.mean((1, 2, 3), keepdim=True)
-            images = (images - mean) * (1 + some(rand() - 0.5)) + mean  # contrast
-        zero = torch.zeros(n, 1, 1, 1, device=images.device)
-        scale = some(0.2 * torch.randn_like(zero)) if "scale" in self.kinds else zero
-        stretch = some(0.2 * torch.randn_like(zero)) if "stretch" in self.kinds else zero
-        moved = "translation" in self.kinds  # by whole pixels, up to an eighth
-        shift = lambda side: some((rand() - 0.5) * side / 4).round() if moved else zero
-        down, right = shift(height), shift(width)
-        rows = resampling(height, 2 ** (scale - stretch), down)
-        columns = resampling(width, 2 ** (scale + stretch), right)
-        images = rows @ images @ columns.mT
-        if "cutout" in self.kinds:  # a square hole of half the side, centred anywhere
-            y, x = (torch.arange(side, device=images.device) for side in (height, width))
-            tall = (y[:, None] - rand() * height).abs() < height / 4
-            wide = (x - rand() * width).abs() < width / 4
-            images = images * ~(tall & wide & (rand() < self.p))
-        return images
+    def changed(self, given):
+        """The name of a number that is not what it was: an argument, an attribute of one or of a
+        module in it, what an optimizer goes by, what the step reads around it. None if all are."""
+        around = inspect.getclosurevars(self.step)
+        places = [{n: v for n, v in given.items() if not isinstance(v, bool | torch.Tensor)}]
+        places += [around.globals, around.nonlocals]
+        for value in [*given.values(), *around.nonlocals.values()]:
+            modules = value.modules() if isinstance(value, nn.Module) else [value]
+            places += [vars(module) for module in modules if hasattr(module, "__dict__")]
+            places += getattr(value, "param_groups", [])
+            places += [value] if isinstance(value, dict) else []
+            places += [dict(enumerate(value))] if isinstance(value, list | tuple) else []
+        for i, place in enumerate(places):
+            for name, value in place.items():
+                if isinstance(value, torch.Tensor):  # another one, or refilled on the CPU
+                    value = id(value), value.is_cuda or value._version
+                if not isinstance(value, int | float | str | tuple) or reads_rate(place, name):
+                    continue
+                if self.held.setdefault((i, name), value) != value:
+                    return name
+        return None
+
+    @contextlib.contextmanager
+    def rates_on_device(self, opts):
+        """In the block optimizers read their rates from the device; outside they look as ever."""
+        groups = [g for opt in opts for g in opt.param_groups if reads_rate(g, "lr")]
+        before = [{n: g[n] for n in ("lr", "capturable") if n in g} for g in groups]
+        for i, (group, numbers) in enumerate(zip(groups, before)):
+            held = self.rates.setdefault(i, torch.zeros((), device=self.device))
+            held.fill_(numbers["lr"])
+            group |= dict.fromkeys(numbers, True) | {"lr": held}
+        try:
+            yield
+        finally:
+            for group, numbers in zip(groups, before):
+                group |= numbers
+
+    def warm_up(self, call):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # the one of the recording
+            stats = self.step(*call.args, **call.kwargs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return stats
+
+    def record(self, key, call, tensors):
+        """Record a graph of this call, which computes nothing yet, or find out why not."""
+        inputs = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
+        nets = [value for value in call.arguments.values() if isinstance(value, nn.Module)]
+        before = [(p, p.grad, p.requires_grad) for net in nets for p in net.parameters()]
+        call.arguments |= inputs
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.stream(here), torch.cuda.graph(graph, **options):
+                stats = self.step(*call.args, **call.kwargs)
+                packed = torch.cat([value.flatten() for value in stats.values()])
+            shapes = {name: value.shape for name, value in stats.items()}
+            self.graphs[key] = graph, inputs, shapes, packed
+        except Exception as error:  # the first one says why, the last one only that it failed
+            for p, grad, learns in before:
+                p.grad = grad
+                p.requires_grad_(learns)
+            with contextlib.suppress(RuntimeError), torch.cuda.stream(here):
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
+                    torch.rand(1, device=self.device)  # else the generator thinks it goes on
+            self.stay_plain(reason(error.__context__ or error))
+
+    def replay(self, key, tensors):
+        graph, inputs, shapes, packed = self.graphs[key]
+        for name, held in inputs.items():
+            held.copy_(tensors[name])
+        graph.replay()
+        parts = packed.clone().split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
+
+    def stay_plain(self, why):
+        self.on = False
+        name = self.step.__name__
+        say(f"\nWARNING: no CUDA graph of {name}, it takes several times as long: {why}")
 
 
-def resampling(side, scale, shift):
-    """Matrices (N, 1, side, side) that resize rows about their centre, then shift them by pixels:
-    bilinear, with zeros from outside. `scale`, `shift`: (N, 1, 1, 1)."""
-    place = torch.arange(side, device=scale.device) - (side - 1) / 2
-    return F.relu(1 - ((place[:, None] - shift) / scale - place).abs())
+def reads_rate(group, name):
+    """Is this the rate of an optimizer that can read it from the device? Others need a number."""
+    able = "capturable" in group or group.get("fused")
+    return name == "lr" and able and not isinstance(group["lr"], torch.Tensor)
 
 
-def summary(net, *inputs):
-    """The layers of `net` as PyTorch prints them, its input and output shapes and parameters."""
-    with torch.no_grad():
-        output = net(*inputs)
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-    count = sum(p.numel() for p in net.parameters())
-    return f"{net}\n{shapes} -> {tuple(output.shape)}, {count:,} parameters"
+def summary(net):
+    """The layers of `net` as PyTorch prints them, and its number of parameters."""
+    return f"{net}\n{sum(p.numel() for p in net.parameters()):,} parameters\n"
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -556,29 +686,39 @@ def save_gif(frames, path, limit=10_000_000):
     write_file(path, content)
 
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+
+
+def ticks(low, high):
+    """About five round numbers from below `low` to above `high`."""
+    step = 10 ** math.floor(math.log10(high - low))
+    step *= next(part for part in (0.1, 0.2, 0.5, 1, 2, 5) if (high - low) / (step * part) <= 6)
+    return np.arange(math.floor(low / step), math.ceil(high / step) + 1) * step
 
 
 def save_curves(panels, path, xlabel, width=900, height=300):
-    """Draw line charts one below the other: panels is [(title, x, {label: y, ...}), ...], with up
-    to four curves each."""
+    """Draw line charts one below the other: panels is [(title, x, {label: y, ...}), ...]."""
     canvas = Image.new("RGB", (width, height * len(panels)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for i, (title, x, curves) in enumerate(panels):
         left, top, right, bottom = 70, i * height + 40, width - 20, (i + 1) * height - 45
         ys = np.array(list(curves.values()))
-        x_ticks, y_ticks = np.linspace(min(x), max(x), 5), np.linspace(ys.min(), ys.max(), 5)
-        columns, rows = np.linspace(left, right, 5), np.linspace(bottom, top, 5)
-        for column, row, x_tick, y_tick in zip(columns, rows, x_ticks, y_ticks, strict=True):
+        x_ticks, y_ticks = (
+            ticks(v.min(), v.max() + (v.min() == v.max())) for v in (np.array(x), ys)
+        )
+        columns = np.linspace(left, right, len(x_ticks))
+        rows = np.linspace(bottom, top, len(y_ticks))
+        for row, tick in zip(rows, y_ticks):
             draw.line((left, row, right, row), "#dddddd")
-            draw.text((left - 6, row), f"{y_tick:.3g}", "black", font, anchor="rm")
-            draw.text((column, bottom + 6), f"{x_tick:.4g}", "black", font, anchor="mt")
+            draw.text((left - 6, row), f"{tick:.4g}", "black", font, anchor="rm")
+        for column, tick in zip(columns, x_ticks):
+            draw.text((column, bottom + 6), f"{tick:.4g}", "black", font, anchor="mt")
         draw.text(((left + right) / 2, bottom + 24), xlabel, "black", font, anchor="mt")
         draw.text((left, top - 8), title, "black", font, anchor="lb")
-        for j, ((label, y), colour) in enumerate(zip(curves.items(), COLOURS)):
+        for j, ((label, y), colour) in enumerate(zip(curves.items(), itertools.cycle(COLOURS))):
             xy = np.interp(x, x_ticks, columns), np.interp(y, y_ticks, rows)
-            draw.line(list(zip(*xy, strict=True)), colour, 2, joint="curve")
-            draw.text((right - 130 * j, top - 8), label, colour, font, anchor="rb")
+            draw.line(list(zip(*xy)), colour, 2, joint="curve")
+            draw.text((right - 120 * j, top - 8), label, colour, font, anchor="rb")
     write_file(path, encoded(canvas))
 
 
@@ -588,70 +728,77 @@ def save_curves(panels, path, xlabel, width=900, height=300):
 # ----------------------------------------------------------------------------------------- flags
 
 
-class HelpLayout(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+class HelpLayout(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        told = action.default in (None, argparse.SUPPRESS) or "default" in action.help
+        return action.help + ("" if told else " (default: %(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, manual, prog=None):
         super().__init__(prog, description=manual, formatter_class=HelpLayout, allow_abbrev=False)
 
+    def parse_args(self, words):
+        for i, word in enumerate(words):
+            if word == "" or re.fullmatch("--[^=]+=", word):
+                self.error(f"{word or words[i - 1] if i else 'the first word'}: the value is empty")
+        return super().parse_args(words)
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def bounded(kind, low, high=math.inf):
-    """An argparse type: an int or float in [low, high]."""
+def bounded(kind, low, high=None):
+    """An argparse type: an int or float in [low, high]; without `high` up to 1e9, or inf."""
+    high = high or (10**9 if kind is int else math.inf)
 
     def convert(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        limits = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} {limits}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} to {high}")
 
     return convert
 
 
-def augment_policy(text):
-    """An argparse type: "need", "none", or a list out of KINDS."""
-    if text in ("need", "none") or set(text.split(",")) <= set(KINDS):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not need, none or some of {','.join(KINDS)}")
+home = os.path.expanduser  # an argparse type: ~/imgs is a path, also in --path=~/imgs
 
 
-def run_parser(script, manual, epochs, batch_size, ema=0.999, augment="none"):
+def run_parser(script, manual, epochs, batch_size, ema=0.999):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
     parser = Parser(manual, Path(script).name)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
+    add("--path", type=home, help="images to train on: a folder (with its subfolders) or a .zip")
     add("--dataset", choices=DATASETS, help="instead of --path; glyphs: drawn, needs no files")
-    add("--data_dir", default="data", help="where MNIST and CIFAR-10 are, or are downloaded to")
-    add("--label", type=bounded(int, 0), nargs="+", help="train on these classes of them only")
-    add("--image_size", type=bounded(int, 1, 1024), help="pixels of a side, after a centre crop")
+    add("--data_dir", type=home, default="data", help="where MNIST and CIFAR-10 are or come to be")
+    add("--label", nargs="+", help="train on these classes only: numbers, or names of subfolders")
+    add("--image_size", type=bounded(int, 1, 1024),
+        help="pixels of a side, after a centre crop; default: 64, data sets 28 or 32")  # fmt: skip
     add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
     add("--batch_size", type=bounded(int, 2), default=batch_size, help="real images for D")
     add("--ema", type=bounded(float, 0, 1), default=ema, help="decay of the averaged generator")
-    add("--augment", type=augment_policy, default=augment, help="need, none, or a list of kinds")
-    add("--seed", type=bounded(int, 0), default=0, help="everything random follows from it")
+    add("--seed", type=bounded(int, 0, 2**63), default=0, help="everything random follows from it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
-    add("--compile", action=switch, default=False, help="torch.compile: slow start, faster steps")
+    add("--graph", action=switch, default=True, help="on a GPU record the step as a CUDA graph")
+    add("--compile", action=switch, default=False,
+        help="torch.compile: on an H200 a minute to start and no gain")  # fmt: skip
     add("--checkpoint", type=bounded(int, 1), help="epochs between snapshots; default: 10 in all")
     add("--sample_every", type=bounded(int, 1), help="epochs between grids; default: 100 in all")
-    add("--out", help="the run's folder; default runs/<variant>-<data>")
-    add("--resume", nargs="?", const="newest", help="run to continue; alone: the newest in runs/")
-    add("--config", help="a run's config.ini to repeat; flags typed beside it win")
-    add("--cache", default=".cache", help="folder for the decoded images")
+    add("--out", type=home, help="the run's folder; default: runs/<variant>-<data>")
+    add("--resume", type=home, nargs="?", const="newest",
+        help="run to continue; alone: what --out holds, or the newest in runs/")  # fmt: skip
+    add("--config", type=home, help="a run's config.ini to repeat; flags typed beside it win")
+    add("--cache", type=home, default=".cache", help="folder for the decoded images")
     add("--tensorboard", action=switch, default=False, help="log for TensorBoard too")
-    add("--summary", action=switch, default=False, help="show the networks' layers and stop")
+    add("--summary", action=switch, default=False, help="show the networks and stop")
     return parser
 
 
-OF_A_START = ("out", "resume", "config", "summary", "typed", "fingerprint")
-MAY_CHANGE = ("epochs", "device", "precision", "compile", "checkpoint", "sample_every")
+OF_A_START = ("out", "resume", "config", "summary", "typed", "fingerprint", "classes", "others")
+MAY_CHANGE = ("epochs", "device", "precision", "graph", "compile", "checkpoint", "sample_every")
 MAY_CHANGE += ("tensorboard", "path", "data_dir", "cache")
 
 
@@ -661,67 +808,90 @@ def settings_of(args):
     return json.loads(json.dumps(settings, default=str))
 
 
+def words_of(settings, parser):
+    """Settings as they would be typed: {"flip": True, "label": [3, 5]} -> --flip --label 3 5."""
+    actions, words = {action.dest: action for action in parser._actions}, []
+    for name, value in settings.items():
+        if name not in actions:
+            raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
+        action = actions[name]
+        flags, nargs, const = action.option_strings, action.nargs, action.const
+        if nargs == 0:  # a switch; in a file written by hand, a word
+            value = {"true": True, "false": False}.get(str(value).lower(), value)
+            if not isinstance(value, int) and value not in (None, const):
+                raise UserError(f"argument {'/'.join(flags)}: write true or false")
+            if const is None and isinstance(value, bool):  # --flip, --no-flip
+                words.append(flags[0 if value else 1])
+            else:  # once where the value is its own; a count as often as it says
+                words += flags[:1] * (value or 0 if const is None else value == const)
+        elif value is True:  # --resume alone
+            words.append(flags[-1])
+        elif isinstance(value, list | tuple) and nargs:
+            words += [flags[-1], *map(str, value)]
+        elif value is not None:
+            each = value if isinstance(value, list) else [value]
+            words += [f"{flags[-1]}={part}" for part in each]
+    return words
+
+
 def parse_flags(parser, argv, flags):
-    """Parse `argv`; behind what is typed there count `flags`, then those of --config or --resume.
+    """Parse words of a command line and `flags` of train(); before them those of --config, or of
+    the run that --resume goes on with.
 
     `args.typed` keeps the settings as they were typed, for before a script settles what is unset.
     """
-    adopt(parser, flags)
-    args = parser.parse_args(argv)
+    words = words_of(flags, parser) + [*argv]
+    args = parser.parse_args(words)
     if args.config:
         settings = read_ini(args.config)
         if args.path or args.dataset:  # other data than in the file
             settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
         try:
-            adopt(parser, settings | flags)
+            words = words_of(settings, parser) + words
+            args = parser.parse_args(words)
         except UserError as error:
             raise UserError(f"--config {args.config}: {error}") from None
-        args = parser.parse_args(argv)
-    args.typed, resume = settings_of(args), args.resume
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max_restarts
-    if restarted and args.out and Path(args.out, "checkpoint.pt").exists():
-        resume = args.out
-    elif resume and (args.out or args.config):
+    args.typed, args.others = settings_of(args), bool(args.path)
+    if args.out and args.resume == "newest":  # for jobs that are started again by themselves
+        args.resume = args.out if Path(args.out, "checkpoint.pt").exists() else None
+    elif args.resume and (args.out or args.config):
         raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
-    if resume:
-        script = Path(parser.prog).stem
-        folder = newest_run(script) if resume in (True, "newest") else Path(resume)
-        folder = folder.parent if folder.suffix == ".pt" else folder
-        run = load_file(folder / "checkpoint.pt")
-        if run["script"] != script:
-            raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
-        typed = run["typed"] if isinstance(run.get("typed"), dict) else run["config"]
-        then = {name: value for name, value in run["config"].items() if name in args.typed}
-        adopt(parser, then | {"precision": typed.get("precision", "auto")} | flags)
-        now = settings_of(args := parser.parse_args(argv))
-        changed = {name: now[name] for name in now if now[name] != then.get(name, now[name])}
-        for name in sorted(changed.keys() - set(MAY_CHANGE)):
-            raise UserError(f"--{name} is {then[name]} in {folder} and cannot change on --resume")
-        args.resume, args.typed = folder, typed | changed
+    if args.resume:
+        args = resumed(parser, words, args)
     out, images = (Path(name or "").resolve() for name in (args.out, args.path))
-    if args.out and args.path and not resume and out.is_relative_to(images):
+    if args.out and args.path and not args.resume and out.is_relative_to(images):
         raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
     return args
 
 
-def adopt(parser, settings):
-    """Make settings the parser's defaults; texts and numbers are checked as if they were typed."""
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in settings.items():
-        if name not in actions:
-            raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
-        flags, nargs = actions[name].option_strings, actions[name].nargs
-        if nargs == 0:  # a switch; written by hand, a text
-            if str(value).lower() not in ("true", "false"):
-                raise UserError(f"argument {'/'.join(flags)}: write true or false")
-            value = str(value).lower() == "true"
-        elif value is not True and (value, actions[name].default) != (None, None):
-            several = nargs and isinstance(value, list | tuple)
-            words = [flags[-1], *map(str, value)] if several else [f"{flags[-1]}={value}"]
-            value = getattr(parser.parse_args(words), name)
-        parser.set_defaults(**{name: value})
+def resumed(parser, words, args):
+    """`args` anew, with the settings of the run that --resume names before the `words`."""
+    script = Path(parser.prog).stem
+    folder = newest_run(script) if args.resume == "newest" else Path(args.resume)
+    if folder.suffix == ".pt" and folder.name != "checkpoint.pt":
+        raise UserError(
+            f"{folder} is a snapshot: --resume {folder.parent} goes on where its run is"
+        )
+    folder = folder.parent if folder.suffix == ".pt" else folder
+    run = load_file(folder / "checkpoint.pt")
+    if run["script"] != script:
+        raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
+    if "origin" not in run:
+        raise UserError(f"{folder} is of an older version: it can be drawn from, but not resumed")
+    then = {name: value for name, value in run["config"].items() if name in args.typed}
+    then["precision"] = run["typed"]["precision"]
+    then["channels"] = str(run["generator_args"].get("channels", then["channels"]))
+    own = words_of(then, parser)
+    before, now = settings_of(parser.parse_args(own)), parser.parse_args([*own, *words])
+    changed = {name: value for name, value in settings_of(now).items() if value != before[name]}
+    for name in sorted(changed.keys() - set(MAY_CHANGE)):
+        raise UserError(f"--{name} is {before[name]} in {folder} and cannot change on --resume")
+    if now.path and not args.others and not Path(now.path).exists():
+        raise UserError(f"{folder} is of --path {now.path}, not there seen from here: type --path")
+    now.resume, now.typed, now.others = folder, run["typed"] | changed, args.others
+    return now
 
 
 def read_ini(path):
@@ -733,16 +903,24 @@ def read_ini(path):
         for name, text in [pair for section in ini.values() for pair in section.items()]:
             settings[name] = text
             with contextlib.suppress(ValueError, RecursionError):  # written by hand
-                settings[name] = json.loads(text)
+                value = json.loads(text)
+                settings[name] = text if isinstance(value, float) else value
     except (OSError, ValueError, configparser.Error) as error:
-        raise UserError(f"--config {path}: {error}".partition("\n")[0]) from None
+        raise UserError(f"--config {path}: {reason(error)}") from None
     return settings
 
 
 # --------------------------------------------------------------------------------------- devices
 
-RANK = int(os.environ.get("RANK", 0))  # this process among those that torchrun has started
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+def ranks():
+    """This process's number and their count among those of torchrun; else 0 and 1."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    several = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    return (int(rank), int(size)) if several else (0, 1)
+
+
+RANK, WORLD_SIZE = ranks()
 
 
 def setup(args):
@@ -762,7 +940,7 @@ def setup(args):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         if args.precision == "bf16" and not fast:
-            print("this GPU does not multiply in bf16: going on in fp32")
+            say("this GPU does not multiply in bf16: going on in fp32")
             args.precision = "fp32"
     if args.precision == "auto":
         args.precision = "bf16" if fast else "fp32"
@@ -780,32 +958,42 @@ def choose_device(name):
         if missing and (built_for or shutil.which("nvidia-smi")):
             cpus = "this torch is built for CPUs: https://pytorch.org/get-started has others"
             why = f"no driver that fits CUDA {built_for}, see nvidia-smi" if built_for else cpus
-            print(f"WARNING: no GPU is used ({why})")
+            say(f"WARNING: no GPU is used ({why})")
         if device.type == "cuda":
-            index = os.environ.get("LOCAL_RANK", device.index)
-            index = torch.cuda.current_device() if index is None else int(index)
-            device = torch.device("cuda", index)
+            index = os.environ.get("LOCAL_RANK", "") if WORLD_SIZE > 1 else ""
+            index = int(index) if index.isdecimal() else device.index
+            device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
             torch.cuda.set_device(device)  # before anything touches the first one
         torch.zeros(1, device=device).item()
         return device
-    except Exception:  # each backend that is missing raises something else
-        why = "is not available here: try cpu, or fewer processes"
-        raise UserError(f"--device {name} {why}") from None
+    except Exception as error:  # each backend that is missing raises something else
+        raise UserError(f"--device {name}: {reason(error)}; try cpu, or fewer processes") from None
 
 
 def join_ranks(device):
     """Under torchrun: meet the other processes; rank 0 speaks for all."""
-    if "RANK" not in os.environ:
+    if WORLD_SIZE == 1:
         return
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several processes work with cuda or --device cpu, not {device.type}")
     if not dist.is_initialized():
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if not re.fullmatch(r".+:\d+", place):
+            why = (
+                f"RANK and WORLD_SIZE name {WORLD_SIZE} processes, but MASTER_ADDR and MASTER_PORT"
+            )
+            raise UserError(f"{why} no place to meet: use torchrun, or unset them")
+        waiting = f"waiting for {WORLD_SIZE - 1} more processes at {place}"
+        clock = threading.Timer(10, print, [waiting], {"file": sys.stderr})
+        clock.daemon = True
+        clock.start()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         patience = {"timeout": datetime.timedelta(hours=6)}  # rank 0 may decode many images
         store, number, size = next(dist.rendezvous("env://", **patience))
         # processes that torchrun starts again must not meet the traces of those before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, **patience)
+        clock.cancel()
     if RANK > 0:
         sys.stdout = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
 
@@ -844,10 +1032,27 @@ class UserError(ValueError):
     """Something the user can mend; the message says how. Command lines print it and exit with 2."""
 
 
+def reason(error):
+    """What an error says, in one line of the sentences that help."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or type(error).__name__
+    return " ".join(text.split())[:300]
+
+
+def say(text, end="\n"):
+    """print, which ends no run: neither a terminal that is gone nor what it cannot show."""
+    try:
+        print(text, end=end, flush=True)
+    except UnicodeError:
+        print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
+    except (OSError, ValueError):  # a dead pipe, a closed file
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def exit_codes():
     """Turn what the user can mend into one line and exit code 2, and a stop into exit code 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         yield
         leave_ranks(0)
@@ -864,7 +1069,8 @@ def exit_codes():
         elif not isinstance(error, (UserError, OSError)):
             raise
         line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
-        print(f"error: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -892,25 +1098,8 @@ def write_file(path, content):
         temporary.write_bytes(content)
 
 
-def check_plain(content, name):
-    """ValueError, with the culprit's name, unless `content` can be saved and loaded again: plain
-    types, and tensors that hold as many numbers as they show."""
-    if isinstance(content, torch.Tensor):
-        if content.numel() * content.itemsize > content.untyped_storage().nbytes():
-            raise ValueError(f"{name} shows more numbers than it holds")
-    elif isinstance(content, dict | list | tuple):
-        for key, part in content.items() if isinstance(content, dict) else enumerate(content):
-            check_plain(part, f"{name}[{key!r}]" if name else key)
-    elif type(content) not in (str, int, float, bool, type(None)):
-        raise ValueError(f"{name} is of type {type(content).__name__}, not a tensor or a plain one")
-
-
 def save_file(content, path):
-    """Write a dict of tensors and plain types; UserError for anything else in it."""
-    try:
-        check_plain(content, "")
-    except ValueError as error:
-        raise UserError(f"cannot save {path}: {error}") from None
+    """Write a dict of tensors and plain types."""
     buffer = io.BytesIO()  # torch.save into a file hides that a disk is full
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer())
@@ -925,13 +1114,14 @@ def load_file(path):
         with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: no member is larger
             if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("it claims to hold more than it does")
+            if broken := archive.testzip():
+                raise ValueError(f"the checksum of its part {broken} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        check_plain(content, "")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except Exception as error:  # a damaged archive raises whatever its reader stumbles on
-        reason = str(error).partition("\n")[0][:100]
-        raise UserError(f"{path} is damaged or no file of these scripts ({reason})") from None
+        why = reason(error)
+        raise UserError(f"{path} is damaged or no file of these scripts ({why})") from None
     fits = lambda name: isinstance(content.get(name), PARTS[name])
     if not isinstance(content, dict) or not all(map(fits, PARTS)):
         raise UserError(f"{path} is neither a checkpoint nor a snapshot")
@@ -940,14 +1130,14 @@ def load_file(path):
 
 def newest_run(script=""):
     """The folder in runs/ whose checkpoint was written last, of this script where one is named."""
-    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
-    head = lambda ini: ini.read_text(errors="replace") if ini.exists() else ""
-    runs = [run for run in runs if not script or f"[{script}]" in head(run / "config.ini")]
+    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt") if is_run(path.parent)]
+    head = lambda run: (run / "config.ini").read_text(errors="replace")
+    runs = [run for run in runs if not script or f"[{script}]" in head(run)]
     kind = f"of {script}.py " if script else ""
     if not runs:
         raise UserError(f"there is no run {kind}in runs/: train one first, or name its folder")
     newest = max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
-    print(f"{newest} is the newest run {kind}in runs/")
+    say(f"{newest} is the newest run {kind}in runs/")
     return newest
 
 
@@ -958,63 +1148,60 @@ def by_epoch(paths):
 
 def progress(text, last=False):
     """A line rewritten in place on a terminal; elsewhere a plain line every 15 seconds."""
-    if sys.stdout.isatty():
-        width = os.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{text[:width]}", end="\n" if last else "", flush=True)
+    if sys.stdout and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        say(f"\r\x1b[K{text[:width]}", end="\n" if last else "")
     elif last or time.monotonic() > progress.shown + 15:
         progress.shown = time.monotonic()
-        print(text, flush=True)
+        say(text)
 
 
 progress.shown = -math.inf
 
 # ------------------------------------------------------------------------------------------- run
 
-COLUMNS = ["step", "epoch", "kimg", "seconds"]
-COLUMNS += ["loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "images_per_s"]
-PATIENCE = 1000  # steps before it is said that a network has won or collapsed
-ROWS_PER_EPOCH = 20  # of metrics.csv, each the mean over the steps since the last
+COLUMNS = ["step", "epoch", "kimg", "seconds", "images_per_s"]  # before a script's own
+ROW_STEPS, ROWS_PER_EPOCH = 50, 20  # a row of metrics.csv every 50 steps, or 20 times an epoch
+MINUTE = 60  # seconds after which a row brings samples/latest.png and checkpoint.pt with it
 GRIDS, SNAPSHOTS = 100, 10  # in a run, about, where --sample_every and --checkpoint are unset
-LATEST = 60  # seconds between two samples/latest.png
-SAVE_AFTER = 600  # seconds between checkpoints within an epoch
-REST = 30  # seconds: ends of epochs that follow the last checkpoint faster write none
+PATIENCE = 1000  # steps before it is said that D has won
 
 
 class Run:
     """A training run, from start to end:
 
-    start        config.ini, samples/real.png, samples/epoch_0000.png, checkpoint.pt
-    step         batches() seeds torch and yields the real images; end_step(stats) counts it
-    20 an epoch  a row of metrics.csv and the line of progress; a loss that is NaN stops the run
-    minute       samples/latest.png
-    epoch        samples/epoch_*.png (--sample_every), generator_*.pt (--checkpoint: snapshots);
-                 checkpoint.pt, but not within 30 s of the last
-    10 minutes   checkpoint.pt
-    Ctrl-C       the step ends; a row, checkpoint.pt, training.gif, losses.png; batches() raises
-                 KeyboardInterrupt, which is exit code 130. A second one ends at once
-    end          all of these
+    start    config.ini, samples/real.png, samples/epoch_0000.png, checkpoint.pt
+    step     batches() seeds torch and yields the real images; end_step(stats) counts it
+    row      every 50 steps, or 20 times an epoch: a row of metrics.csv, the line of progress; a
+             loss or weight that is not finite stops the run. When a minute has passed, write():
+             samples/latest.png, checkpoint.pt
+    epoch    write() with samples/epoch_*.png (--sample_every), generator_*.pt (--checkpoint)
+    Ctrl-C   or SIGTERM, SIGHUP, SIGUSR1: the step ends; a row, write(), training.gif, losses.png;
+             batches() raises KeyboardInterrupt, exit code 130. A second one does what it ever did
+    end      all of these
 
     Only rank 0 writes. `latent` says how G's inputs are drawn, see draw_latents. `state` holds G,
-    D, G_ema, the optimisers and whatever else has a state_dict; --resume loads it here. G_ema can
-    be used at any time: its BatchNorm statistics are made when it is called.
+    D, G_ema, the optimizers and whatever else has a state_dict; --resume loads it here.
     """
 
     def __init__(self, args, script, images, device, generator_args, latent, k=1, **state):
         self.args, self.script, self.images, self.device = args, Path(script).stem, images, device
         self.generator_args, self.latent, self.k, self.state = generator_args, latent, k, state
+        draw_latents(latent, 1)  # refuses what it does not know
         batch_size = min(args.batch_size, len(images) // k // WORLD_SIZE * WORLD_SIZE)
         if batch_size < 2 * WORLD_SIZE:
             need = f"{2 * k * WORLD_SIZE} (2 * k" + f" * {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
             raise UserError(f"{len(images)} images are too few: a step needs {need})")
         if batch_size < args.batch_size:
-            print(f"batches of {batch_size}: there are only {len(images)} images")
+            say(f"batches of {batch_size}: there are only {len(images)} images")
         self.images_per_step = k * batch_size
         self.steps_per_epoch = len(images) // self.images_per_step
-        self.steps = args.epochs * self.steps_per_epoch
+        self.row_steps = min(ROW_STEPS, math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH))
         self.step, self.seconds, self.pending = 0, 0.0, []
+        self.origin = [0, 0, 0]  # step, epoch, images seen, from which epochs of this length count
         self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
-        self.ordered = self.refreshed = self.columns = self.writer = None
-        self.won_steps, self.warned = 0, set()
+        self.handlers, self.warned, self.won = {}, set(), 0
+        self.ordered = self.columns = self.writer = None
         folder = [args.resume or (self.new_folder() if RANK == 0 else None)]
         if WORLD_SIZE > 1:
             dist.broadcast_object_list(folder)
@@ -1022,51 +1209,59 @@ class Run:
         self.lock = lock_folder(self.folder) if RANK == 0 else contextlib.nullcontext()
         if args.resume:
             self.restore()
-        state["G_ema"].register_forward_pre_hook(lambda *_: self.refresh_batchnorm())
+        self.steps = self.origin[0] + (args.epochs - self.origin[1]) * self.steps_per_epoch
 
     @property
     def epoch(self):
-        return self.step // self.steps_per_epoch
+        return self.origin[1] + (self.step - self.origin[0]) // self.steps_per_epoch
+
+    @property
+    def images_seen(self):
+        return self.origin[2] + (self.step - self.origin[0]) * self.images_per_step
 
     def batches(self):
         """Yield each step's real images, (k * batch_size, C, H, W) in [-1, 1], until the end.
 
         Of several ranks each gets its share. self.indices, on the device, are the images' numbers
         in load_data's order. Everything random in a step follows from (seed, step). After Ctrl-C
-        or SIGTERM it raises KeyboardInterrupt.
+        or its like it raises KeyboardInterrupt.
         """
         again = f"python {self.script}.py --resume {shlex.quote(str(self.folder))}"
-        handlers = {}
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, self.stop)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows has two of them; nohup ignores one
+                if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                    self.handlers[number] = signal.signal(number, self.stop) or signal.SIG_DFL
         try:
             with self.lock:
                 if self.step >= self.steps:
                     state = f"{self.folder} has reached epoch {self.epoch} of {self.args.epochs}"
                     more = self.epoch + self.args.epochs
-                    return print(f"{state}: nothing to do. To go on: {again} --epochs {more}")
+                    return say(f"{state}: nothing to do. To go on: {again} --epochs {more}")
                 images = self.start()
                 while self.step < self.steps and not self.stopping:
                     yield self.next_batch(images)
                 if RANK == 0:
                     self.draw()
         finally:
-            for number, handler in handlers.items():
+            for number, handler in self.handlers.items():
                 signal.signal(number, handler)
         if self.stopping:
-            print(f"stopped; to go on: {again}", flush=True)
+            say(f"stopped; to go on: {again}")
             raise KeyboardInterrupt
+        data = shlex.quote(str(self.args.path or self.args.dataset))
+        say(f"done: look at {self.folder}/samples/latest.png; then generate.py draws more, and "
+            f"fid.py {data} {shlex.quote(str(self.folder))} measures them")  # fmt: skip
 
     def stop(self, number, frame):
         self.stop_asked = True
         if not dist.is_initialized():  # torchrun repeats the signal
-            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
+            signal.signal(number, self.handlers[number])
 
     def start(self):
         """Say what is about to happen, write what comes first; returns the images, on a GPU if
         they fill no more than a quarter of its free memory."""
-        words = [f"{self.script}.py"]
+        words = []
         for name, value in settings_of(self.args).items():
             if isinstance(value, list):
                 words += [f"--{name}", *map(str, value)]
@@ -1075,9 +1270,9 @@ class Run:
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
         where = f"on {self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
         span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
-        print(f"settings: python {shlex.join(words)}\n{self.folder}: {span}", flush=True)
-        print(f"G has {counts[0]:,} parameters, D {counts[1]:,}, {where}", flush=True)
-        self.marked = self.saved = self.shown = time.monotonic()
+        say(f"settings: python {self.script}.py {shlex.join(words)}\n{self.folder}: {span}")
+        say(f"G has {counts[0]:,} parameters, D {counts[1]:,}, {where}")
+        self.marked = self.saved = time.monotonic()
         self.started = self.marked - self.seconds
         if RANK == 0:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -1088,22 +1283,21 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-            shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
-            real = self.images[np.sort(shown)]
-            self.real_diversity = diversity(real)
             if self.step == 0:
-                save_grid(real, self.folder / "samples/real.png")
-                self.sample(keep=True)
-                self.save()
+                shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
+                save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
+                self.write(grid=True, keep=False, save=True)
+                self.read_back()
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
         fits = self.images.nbytes < free / 4
         return torch.from_numpy(np.array(self.images)).to(self.device) if fits else self.images
 
     def next_batch(self, images):
         """This rank's real images of a step, in an epoch each at most once; seeds torch for it."""
-        epoch, i = divmod(self.step, self.steps_per_epoch)
-        if epoch != self.ordered:
-            rng, self.ordered = np.random.default_rng((self.args.seed, epoch)), epoch
+        i = (self.step - self.origin[0]) % self.steps_per_epoch
+        if self.epoch != self.ordered:
+            self.ordered = self.epoch
+            rng = np.random.default_rng((self.args.seed, self.epoch))
             self.order = torch.from_numpy(rng.permutation(len(images)))
             self.mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
         batch = slice(i * self.images_per_step, (i + 1) * self.images_per_step)
@@ -1132,26 +1326,18 @@ class Run:
         """Count a step, with its 0-d tensors `stats`; write what is due."""
         self.step += 1
         self.pending.append(stats)
-        now, within = time.monotonic(), self.step % self.steps_per_epoch
-        last = self.step == self.steps
-        save_due = RANK == 0 and now > self.saved + (SAVE_AFTER if within else REST)
-        asked = rank_mean(torch.tensor([self.stop_asked, save_due], dtype=torch.float32))
-        self.stopping, save_due = (asked > 0).tolist()
-        save_due |= last or self.stopping
-        if save_due or within % math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH) == 0:
-            self.write_row()
-        if RANK > 0:
+        self.stopping = rank_mean(torch.tensor(float(self.stop_asked))).item() > 0
+        within, last = (self.step - self.origin[0]) % self.steps_per_epoch, self.step == self.steps
+        if within % self.row_steps and not self.stopping:
             return
+        self.write_row()
         due = lambda every, n: last or self.epoch % (every or math.ceil(self.args.epochs / n)) == 0
-        keep = within == 0 and due(self.args.sample_every, GRIDS)
-        if keep or now > self.shown + LATEST:
-            self.sample(keep)
-        if within == 0 and due(self.args.checkpoint, SNAPSHOTS):
-            save_file(self.snapshot(), self.folder / f"generator_{self.epoch:04d}.pt")
-        if save_due:
-            self.save()
-        if not self.pending:  # the next row's speed is that of steps alone
-            self.marked = time.monotonic()
+        grid = within == 0 and due(self.args.sample_every, GRIDS)
+        keep = within == 0 and due(self.args.checkpoint, SNAPSHOTS)
+        save = last or self.stopping or time.monotonic() > self.saved + MINUTE
+        if RANK == 0 and (grid or keep or save):
+            self.write(grid, keep, save)
+        self.marked = time.monotonic()  # the next row's speed is that of steps alone
 
     def write_row(self):
         """A row of metrics.csv, means since the last; UserError if a loss or weight is infinite."""
@@ -1165,34 +1351,85 @@ class Run:
             raise UserError(f"a loss or weight is not finite at step {self.step}; {kept}. {cure}")
         if RANK > 0:
             return
-        now, path = time.monotonic(), self.folder / "metrics.csv"
-        row = dict.fromkeys(COLUMNS) | dict(zip(names, means, strict=True))
-        row["step"], row["epoch"] = self.step, math.ceil(self.step / self.steps_per_epoch)
-        row["kimg"], row["seconds"] = self.step * self.images_per_step / 1000, now - self.started
-        row["images_per_s"] = steps * self.images_per_step / (now - self.marked)
-        header = ",".join(row) + "\n" if self.columns != [*row] else ""
-        if header and self.columns:  # a copy whose statistics have changed since the checkpoint
+        now = time.monotonic()
+        epoch = math.ceil((self.step - self.origin[0]) / self.steps_per_epoch) + self.origin[1]
+        speed = steps * self.images_per_step / (now - self.marked)
+        place = self.step, epoch, self.images_seen / 1000, now - self.started, speed
+        stats = dict(zip(names, means, strict=True))
+        with self.harmless("metrics.csv"):
+            self.append(dict(zip(COLUMNS, place)) | stats, steps)
+        won = 0 <= stats.get("loss_d", 1) < 0.1 and stats.get("d_real", 0) > 0.7
+        self.won = self.won + steps if won and stats.get("d_fake", 1) < 0.3 else 0
+        if self.won - steps < PATIENCE <= self.won:
+            why = f"its loss has been below 0.1 for {self.won} steps"
+            say(f'\nWARNING: D has won: {why}. See README, "When it does not work"')
+        times = [now - self.started, (now - self.started) * self.steps / self.step]
+        minutes = "/".join(f"{time / 60:.{int(time < 600)}f}" for time in times)
+        line = f"epoch {epoch}/{self.args.epochs}, {minutes} min, {speed:.0f}/s,"
+        for name, mean in stats.items():
+            line += f" {name} {mean:.2f}"
+            if len(line) > 72:  # of a terminal's 80 columns
+                break
+        progress(line, last=self.step == self.steps or self.stopping)
+
+    def append(self, row, steps):
+        """Add a row to metrics.csv; one with other names than before it begins a new file."""
+        path = self.folder / "metrics.csv"
+        if self.columns and self.columns != [*row] and path.exists():
             path.rename(path.with_name(f"metrics_to_{self.step - steps}.csv"))
         self.columns = [*row]
+        header = "" if path.exists() else ",".join(row) + "\n"
         with path.open("a") as file:
             file.write(header + ",".join(f"{value:.12g}" for value in row.values()) + "\n")
         for name in row if self.writer else ():
             self.writer.add_scalar(name, row[name], self.step)
-        won = 0 <= row["loss_d"] < 0.1 and row["d_real"] > 0.7 and row["d_fake"] < 0.3
-        self.won_steps = self.won_steps + steps if won else 0
-        if self.won_steps >= PATIENCE:
-            self.warn("D has won", f"its loss has been below 0.1 for {self.won_steps} steps")
-        minutes, speed = row["seconds"] / 60, row["images_per_s"]
-        line = f"epoch {row['epoch']}/{self.args.epochs}, {minutes:.1f} of "
-        line += f"{minutes * self.steps / self.step:.1f} min, {speed:.0f}/s, D {row['loss_d']:.2f} "
-        line += f"G {row['loss_g']:.2f}, D(x) {row['d_real']:.2f} D(G(z)) {row['d_fake']:.2f}"
-        progress(line, last=self.step == self.steps or self.stopping)
 
-    def warn(self, what, why):
-        """Say once that a network has won or collapsed; what helps stands in the README."""
-        if what not in self.warned:
-            self.warned.add(what)
-            print(f'\nwarning: {what}: {why}. See README, "When it does not work"', flush=True)
+    @contextlib.contextmanager
+    def harmless(self, what):
+        """What only shows or records may fail: it is said once, and training goes on."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if what not in self.warned:
+                self.warned.add(what)
+                say(f"\nWARNING: training goes on without {what}: {reason(error)}")
+
+    def write(self, grid, keep, save):
+        """Draw samples/latest.png, with `grid` epoch_*.png; a snapshot; checkpoint.pt, all that
+        --resume needs."""
+        G_ema, seed = self.state["G_ema"], self.args.seed
+        refresh_batchnorm(G_ema, self.latent, seed)
+        images = generate(G_ema, latents(self.latent, seed, range(CHUNK)))
+        snapshot = {"script": self.script, "generator_args": self.generator_args, "z": self.latent}
+        snapshot |= {"config": settings_of(self.args), "step": self.step}
+        snapshot |= {"G_ema": G_ema.state_dict()}
+        if save:
+            self.saved = time.monotonic()
+            parts = {name: part.state_dict() for name, part in self.state.items()}
+            parts |= {"seconds": self.saved - self.started, "typed": self.args.typed}
+            parts |= {"n_images": len(self.images), "fingerprint": self.args.fingerprint}
+            parts |= {"origin": self.origin, "epoch": self.epoch, "images_seen": self.images_seen}
+            parts |= {"pace": [self.steps_per_epoch, self.images_per_step]}
+            save_file(snapshot | parts, self.folder / "checkpoint.pt")
+        if self.stopping:
+            say(f"saved: {self.folder}/checkpoint.pt at step {self.step}; now the pictures")
+        if keep:
+            save_file(snapshot, self.folder / f"generator_{self.epoch:04d}.pt")
+        with self.harmless("samples"):
+            for name in ["latest"] + [f"epoch_{self.epoch:04d}"] * grid:
+                save_grid(images, self.folder / f"samples/{name}.png")
+        if grid and self.writer:
+            self.writer.add_images("samples", images, self.step, dataformats="NHWC")
+
+    def read_back(self):
+        """What cannot be loaded again is refused now, not when it is needed."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            load_file(path)
+        except UserError as error:
+            path.unlink()
+            why = "generator_args, latent and state may hold tensors and plain types"
+            raise UserError(f"cannot save {path}: {why} ({error})") from None
 
     def new_folder(self):
         """Make the run's folder; one that holds a run is left alone."""
@@ -1200,97 +1437,81 @@ class Run:
         if out and Path(out, "checkpoint.pt").exists():
             again = f"--resume {shlex.quote(str(out))}"
             raise UserError(f"{out} holds a run: {again} goes on, or pass another --out")
-        name, number = f"runs/{self.script.removeprefix('train_')}-{data}", 2
-        path = Path(out or name)
-        while path.exists() and not out:
-            path, number = Path(f"{name}-{number}"), number + 1
-        path.mkdir(parents=True, exist_ok=bool(out))
-        return path
+        base = Path(out or f"runs/{self.script.removeprefix('train_')}-{data}")
+        for number in itertools.count(1):
+            path = base.with_name(f"{base.name}-{number}") if number > 1 else base
+            try:
+                path.mkdir(parents=True, exist_ok=bool(out))
+                return path
+            except FileExistsError:  # another run, perhaps of this moment
+                if out:
+                    raise
 
     def restore(self):
         """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
-        path, metrics = self.folder / "checkpoint.pt", self.folder / "metrics.csv"
-        run, args = load_file(path), self.args
+        path, args, n = self.folder / "checkpoint.pt", self.args, len(self.images)
+        run = load_file(path)
         try:
             for name, part in self.state.items():
                 part.load_state_dict(run.get(name, {}))
                 if isinstance(part, torch.optim.Optimizer):
                     restore_layout(part)
-            self.step, self.seconds, n = run["step"] + 0, run["seconds"] + 0.0, run["n_images"] + 0
+            self.step, self.seconds = int(run["step"]), float(run["seconds"])
+            self.origin = [int(number) for number in run["origin"]]
+            if run["pace"] != [self.steps_per_epoch, self.images_per_step]:
+                self.origin = [self.step, run["epoch"], run["images_seen"]]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{path} does not fit {self.script}.py ({reason})") from None
-        if n != len(self.images):
-            print(f"{len(self.images):,} images, {n:,} until now: epochs go by the new number")
-        elif run.get("fingerprint", args.fingerprint) != args.fingerprint:
-            raise UserError(f"{path} knows {n} images of other names or sizes: start a new run")
+            raise UserError(f"{path} does not fit {self.script}.py ({reason(error)})") from None
+        if run["fingerprint"] != args.fingerprint:
+            before = f"{self.folder} has learned from {run['n_images']:,} images"
+            if not args.others:
+                cure = "to go on with these, name them with --path beside --resume"
+                raise UserError(f"{before}, and these {n:,} are others: {cure}")
+            say(f"{before}, and goes on with these {n:,}")
         if args.precision != (before := run["config"].get("precision")):
-            print(f"going on in {args.precision}, the run was in {before} until now")
-        if RANK > 0:
+            say(f"going on in {args.precision}, the run was in {before} until now")
+        if RANK == 0:
+            for leftover in self.folder.glob("**/.*.part"):  # of a killed process
+                leftover.unlink()
+            self.cut_metrics()
+
+    def cut_metrics(self):
+        """Leave the rows until the checkpoint's step in metrics.csv, and nothing that is none."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
             return
-        for leftover in self.folder.glob("**/.*.part"):  # of a killed process
-            leftover.unlink()
-        if metrics.exists():
-            lines = [line for line in metrics.open() if line.endswith("\n")]
-            kept = [line for line in lines[1:] if int(line.partition(",")[0]) <= self.step]
-            if kept:
-                write_file(metrics, "".join(lines[:1] + kept).encode())
-                self.columns = lines[0].strip().split(",")
-            else:
-                metrics.unlink()
-
-    def refresh_batchnorm(self):
-        """Give G_ema statistics of its own, once for the same weights."""
-        weights = self.step, sum(p._version for p in self.state["G_ema"].parameters())
-        if self.refreshed != weights:
-            self.refreshed = weights
-            source = torch.Generator().manual_seed(mixed(self.args.seed, "batchnorm"))
-            refresh_batchnorm(self.state["G_ema"], self.latent, source, self.device)
-
-    def sample(self, keep):
-        """Draw samples/latest.png, and with `keep` the grid of this epoch."""
-        self.shown = time.monotonic()
-        images = generate(self.state["G_ema"], latents(self.latent, self.args.seed, range(CHUNK)))
-        ours, theirs = diversity(images), self.real_diversity
-        if self.step >= PATIENCE and ours < 0.4 * theirs:  # healthy runs: 0.8 and more
-            levels = f"{ours:.0f} grey levels over its samples, by {theirs:.0f} over real images"
-            self.warn("G has collapsed", f"a pixel varies by {levels}")
-        for name in ["latest", f"epoch_{self.epoch:04d}"][: 1 + keep]:
-            save_grid(images, self.folder / f"samples/{name}.png")
-        if keep and self.writer:
-            pixels = np.asarray(Image.open(self.folder / "samples/latest.png").convert("RGB"))
-            self.writer.add_image("samples", pixels, self.step, dataformats="HWC")
-
-    def snapshot(self):
-        """All that generate.py needs, and where it comes from."""
-        self.refresh_batchnorm()
-        return {"script": self.script, "generator_args": self.generator_args, "z": self.latent,
-                "config": settings_of(self.args), "step": self.step,
-                "G_ema": self.state["G_ema"].state_dict()}  # fmt: skip
-
-    def save(self):
-        """Write checkpoint.pt: all that --resume needs."""
-        self.saved, path = time.monotonic(), self.folder / "checkpoint.pt"
-        parts = {name: part.state_dict() for name, part in self.state.items()}
-        parts |= {"n_images": len(self.images), "fingerprint": self.args.fingerprint}
-        parts |= {"seconds": self.saved - self.started, "typed": self.args.typed}
-        save_file(self.snapshot() | parts, path)
-        if self.stopping:
-            print(f"saved: {path} at step {self.step}; now the pictures", flush=True)
+        header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                values = [float(value) for value in line.split(",")]
+                if len(values) == header.count(",") + 1 and values[0] <= self.step:
+                    rows.append(line)
+        if rows:
+            write_file(path, "\n".join([header, *rows, ""]).encode())
+            self.columns = header.split(",")
+        else:
+            path.unlink()
 
     def draw(self):
         """Draw training.gif and losses.png."""
         if self.writer:
             self.writer.close()
-        if grids := by_epoch(self.folder.glob("samples/epoch_*.png")):
-            shown = np.linspace(0, len(grids) - 1, min(len(grids), 60)).astype(int)
-            save_gif([Image.open(grids[i]) for i in shown], self.folder / "training.gif")
-        rows = np.loadtxt(self.folder / "metrics.csv", delimiter=",", skiprows=1, ndmin=2)
-        of = dict(zip(self.columns, rows.T.tolist(), strict=True))
-        groups = {"loss": ["loss_d", "loss_g"], "D's answer": ["d_real", "d_fake"]}
-        groups |= {name: [name] for name in of if name not in COLUMNS}
-        panels = [(title, of["kimg"], {y: of[y] for y in ys}) for title, ys in groups.items()]
-        save_curves(panels, self.folder / "losses.png", "thousand images seen")
+        frames, grids = [], by_epoch(self.folder.glob("samples/epoch_*.png"))
+        for i in sorted({*np.linspace(0, len(grids) - 1, 60).astype(int)}) if grids else ():
+            with self.harmless(grids[i]):  # one that was cut short
+                frames.append(Image.open(grids[i]).convert("RGB"))
+        with self.harmless("training.gif"):
+            save_gif(frames, self.folder / "training.gif")
+        with self.harmless("losses.png"):
+            rows = np.loadtxt(self.folder / "metrics.csv", delimiter=",", skiprows=1, ndmin=2)
+            of = dict(zip(self.columns, rows.T.tolist(), strict=True))
+            panels = {}  # of names that begin alike: loss_d, loss_g
+            for name, values in of.items():
+                if name not in COLUMNS and min(values) < max(values):
+                    panels.setdefault(name.partition("_")[0], {})[name] = values
+            panels = [(title, of["kimg"], curves) for title, curves in panels.items()]
+            save_curves(panels, self.folder / "losses.png", "thousand images seen")
 
 
 def lock_folder(folder):
@@ -1302,7 +1523,8 @@ def lock_folder(folder):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process trains in {folder}: pass another --out") from None
+            why = "wait for its end, or begin another run"
+            raise UserError(f"another process trains in {folder}: {why}") from None
     return file
 
 
@@ -1314,8 +1536,3 @@ def restore_layout(opt):
                 if value.shape != p.shape:
                     raise ValueError(f"{name} has other shapes")
                 held[name] = torch.empty_like(p).copy_(value)
-
-
-def diversity(images):
-    """How much images (N, H, W, C) differ: the standard deviation of a pixel, in grey levels."""
-    return images.astype(np.float32).std(0).mean()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import common
 
@@ -26,17 +27,26 @@ FRAMES = 10  # of each interpolation, both ends included
 def get_args(argv):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.bounded(int, 1)
-    add("--load_path", type=Path, help="run folder or snapshot .pt; default: the newest run")
+    place = lambda text: Path(common.home(text))
+    add("--load_path", type=place, help="run folder or snapshot .pt; default: the newest run")
     add("--img_num", type=number, default=16, help="single images")
     add("--grid_size", type=number, help="n for a grid of n * n; default: those of --img_num")
-    add("--save_path", type=Path, help="folder for single images; default generated/<run>")
+    add("--save_path", type=place, help="folder for single images; default: generated/<run>")
     add("--seed", type=common.bounded(int, 0), default=0, help="image i follows from (seed, i)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--label", type=common.bounded(int, 0), help="of this class only, where G knows classes")
+    add("--label", help="of this class only, a number or name, where G knows classes")
     add("--interpolate", action="store_true", help="also ways from image to image, and as a GIF")
-    add("--nearest", metavar="IMAGES", help="also each beside the nearest of this folder or .zip")
-    add("--cache", default=".cache", help="folder for the decoded images of --nearest")
+    add("--nearest", type=common.home, metavar="IMAGES",
+        help="also each beside the nearest of this folder or .zip")  # fmt: skip
+    add("--cache", type=common.home, default=".cache", help="for decoded images of --nearest")
     return parser.parse_args(argv)
+
+
+def load_snapshot(path):
+    """The content of a run's checkpoint.pt, or of a snapshot, and where it lies."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    return common.load_file(path), path
 
 
 def load_generator(path=None, device="cpu"):
@@ -45,28 +55,28 @@ def load_generator(path=None, device="cpu"):
     The snapshot names its script, train_*.py, which must lie beside this file; its Generator is
     built with the recorded arguments. Raises common.UserError where anything does not fit.
     """
-    path = Path(path) if path else common.newest_run()
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    snapshot = common.load_file(path)
+    snapshot, path = load_snapshot(path or common.newest_run())
     name = str(snapshot["script"])
     script = Path(__file__).parent / f"{name}.py"
     if not re.fullmatch(r"train_\w+", name) or not script.is_file():
         raise common.UserError(
             f"{path} needs {name}.py: no such training script beside generate.py"
         )
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    if name not in sys.modules:  # under its own name, so that G can be pickled
+        spec = importlib.util.spec_from_file_location(name, script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name]
     try:
         with torch.device("meta"):  # do the shapes fit? Before memory is taken for them
             shapes = module.Generator(**snapshot["generator_args"]).eval()
-            shapes(common.draw_latents(snapshot["z"], 2, "meta"))
+            shapes(common.draw_latents(snapshot["z"], 2))
         shapes.load_state_dict(snapshot["G_ema"], assign=True)
         G = module.Generator(**snapshot["generator_args"])
         G.load_state_dict(snapshot["G_ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise common.UserError(f"{path} does not fit {script.name} ({reason})") from None
+        why = common.reason(error)
+        raise common.UserError(f"{path} does not fit {script.name} ({why})") from None
     G = G.to(device, memory_format=torch.channels_last)  # as in training
     return G.requires_grad_(False).eval(), snapshot["z"]
 
@@ -96,29 +106,45 @@ def interpolations(z, seed, n, label=None):
     return torch.cat(ways)
 
 
-def nearest(images, others):
-    """For each uint8 image (n, H, W, C) the one of `others` at the least Euclidean distance."""
+def nearest(images, others, flip=False):
+    """For each uint8 image (n, H, W, C) the nearest of `others`, or with `flip` of their mirror
+    images too, and its distance, the root mean square in grey levels: (n, H, W, C), (n,)."""
     ours = torch.from_numpy(images.reshape(len(images), -1)).float()
-    best = torch.full((len(images),), math.inf)
-    found = np.zeros(len(images), int)
+    best, found = torch.full((len(images),), math.inf), images.copy()
     for start in range(0, len(others), 1024):
         part = others[start : start + 1024]
-        theirs = torch.from_numpy(part.reshape(len(part), -1).astype(np.float32))
-        distance, index = torch.cdist(ours, theirs).min(1)
-        closer = (distance < best).numpy()
-        best = torch.minimum(best, distance)
-        found[closer] = start + index.numpy()[closer]
-    return others[found]
+        for theirs in (part, part[:, :, ::-1]) if flip else (part,):
+            rows = torch.from_numpy(theirs.reshape(len(part), -1).astype(np.float32))
+            distance, index = torch.cdist(ours, rows).min(1)
+            closer = distance < best
+            best = torch.minimum(best, distance)
+            found[closer.numpy()] = theirs[index[closer].numpy()]
+    return found, best.numpy() / math.sqrt(ours.shape[1])
+
+
+def pairs(images, others, distances):
+    """Each of images (n, H, W, C) beside its other, the distance below: (n, H + 14, 2 W, C)."""
+    n, height, width, channels = images.shape
+    canvas = np.full((n, height + 14, 2 * width, channels), 255, np.uint8)
+    canvas[:, :height] = np.concatenate([images, others], 2)
+    font = ImageFont.load_default(11)
+    for pair, distance in zip(canvas, distances):
+        line = Image.new("L", (2 * width, 14), 255)
+        ImageDraw.Draw(line).text((width, 7), f"{distance:.1f}", 0, font, anchor="mm")
+        pair[height:] = np.asarray(line)[..., None]
+    return canvas
 
 
 def claim(folder, run):
-    """Make the folder for images of this run; UserError if it holds those of another."""
+    """Make the folder for images of this run; UserError if it holds other images."""
+    owner, own = folder / ".run", re.compile(r"seed\d+_\d+\.png")
+    whose = owner.read_text("utf-8", errors="replace") if owner.exists() else ""
+    if whose not in ("", str(run)):
+        raise common.UserError(f"{folder} holds images of {whose}: pass another --save_path")
+    if not whose and folder.exists() and not all(own.fullmatch(p.name) for p in folder.iterdir()):
+        raise common.UserError(f"{folder} holds other files: pass another --save_path")
     folder.mkdir(parents=True, exist_ok=True)
-    owner = folder / ".run"
-    if owner.exists() and owner.read_text(errors="replace") != str(run):
-        others = owner.read_text(errors="replace")
-        raise common.UserError(f"{folder} holds images of {others}: pass another --save_path")
-    owner.write_text(str(run))
+    common.write_file(owner, str(run).encode("utf-8", "replace"))
 
 
 def save_singles(G, z, folder, args):
@@ -128,7 +154,7 @@ def save_singles(G, z, folder, args):
         images = sample(G, z, numbers, args.seed, args.label)
         for i, image in zip(numbers, images):
             png = common.encoded(common.to_picture(image))
-            (folder / f"seed{args.seed}_{i:06d}.png").write_bytes(png)
+            common.write_file(folder / f"seed{args.seed}_{i:06d}.png", png)
         done = numbers[-1] + 1
         common.progress(f"{done:,} of {args.img_num:,} images", last=done == args.img_num)
 
@@ -138,10 +164,14 @@ def main():
         args = get_args(sys.argv[1:])
         source = args.load_path or common.newest_run()
         G, z = load_generator(source, common.choose_device(args.device))
-        if args.label is not None and args.label >= z.get("classes", 0):
-            raise common.UserError(
-                f"--label {args.label}: {source} knows {z.get('classes', 'no')} classes"
-            )
+        if args.label is not None:
+            names = z.get("names") or [str(i) for i in range(z.get("classes", 0))]
+            (args.label,) = common.class_numbers([args.label], names)
+        side = args.grid_size or min(10, math.isqrt(args.img_num))
+        images = sample(G, z, range(side * side), args.seed, args.label)
+        if args.nearest:  # looked at before anything is written
+            size, channels = images.shape[1], str(images.shape[3])
+            others = common.load_images(args.nearest, size, channels, args.cache)
         run = source.resolve()
         name = run.name if run.is_dir() else f"{run.parent.name}-{run.stem}"
         folder = args.save_path or Path("generated", name)
@@ -149,27 +179,25 @@ def main():
         place = folder if folder.name else folder.resolve()  # --save_path .
         beside = lambda what: place.with_name(f"{place.name}-{what}")
         save_singles(G, z, folder, args)
-        print(f"{args.img_num} images of {source} in {folder}")
+        common.say(f"{args.img_num} images of {source} in {folder}")
         if (count := len(list(folder.glob("*.png")))) > args.img_num:
-            print(f"{folder} holds {count} images now: others were there before")
+            common.say(f"{folder} holds {count} images now: others were there before")
 
-        side = args.grid_size or min(10, math.isqrt(args.img_num))
-        images = sample(G, z, range(side * side), args.seed, args.label)
-        common.save_grid(images, beside("grid.png"), side)
-        print(f"{beside('grid.png')}: the first {side} x {side}")
+        grid = beside(f"grid-{side}x{side}.png")
+        common.save_grid(images, grid, side)
+        common.say(f"{grid}: the first {side} x {side}")
         if args.interpolate:
             frames = common.generate(G, interpolations(z, args.seed, 9, args.label))
             common.save_grid(frames, beside("interpolation.png"), FRAMES)
             common.save_gif([*map(common.to_picture, frames)], beside("interpolation.gif"))
-            print(f"{beside('interpolation.png')}, .gif: from image to image, a way a row")
+            common.say(f"{beside('interpolation.png')}, .gif: from image to image, a way a row")
         if args.nearest:
-            n, size, _, channels = images.shape
-            others = common.load_images(args.nearest, size, str(channels), args.cache)
-            pairs = np.stack([images, nearest(images, others)], 1)
-            common.save_grid(
-                pairs.reshape(2 * n, size, size, channels), beside("nearest.png"), 2 * side
-            )
-            print(f"{beside('nearest.png')}: each image, then the nearest of {args.nearest}")
+            flip = load_snapshot(source)[0]["config"].get("flip", False)
+            found, distances = nearest(images, others, flip)
+            common.save_grid(pairs(images, found, distances), beside("nearest.png"), side)
+            mirrored = " or its mirror image" if flip else ""
+            common.say(f"{beside('nearest.png')}: each image, then the nearest of {args.nearest}"
+                       f"{mirrored}, and how far it is in grey levels")  # fmt: skip
 
 
 if __name__ == "__main__":

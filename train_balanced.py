@@ -123,34 +123,47 @@ def init_weights(net):
             nn.init.normal_(layer.weight, 1.0, 0.02)
 
 
-def update_d(D, opt_d, augment, real, fake):
+def update_d(D, opt_d, real, fake):
     """D: maximize log D(x) + log(1 - D(G(z))). Returns its loss before that, and its answers.
 
     -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit). The mean is over real and
     fake images together. They share a pass, as no BatchNorm mixes them.
     """
-    both = torch.cat([augment(real), augment(fake.detach())])
-    logits_real, logits_fake = D(both).chunk(2)
+    logits_real, logits_fake = D(torch.cat([real, fake.detach()])).chunk(2)
     loss_d = torch.cat([F.softplus(-logits_real), F.softplus(logits_fake)]).mean()
     opt_d.zero_grad()
     loss_d.backward()
     common.sync_grads(D)
     opt_d.step()
-    augment.update(logits_real.detach())
-    return common.rank_mean(loss_d.detach()), logits_real.detach(), logits_fake.detach()
+    return {
+        "loss_d": common.rank_mean(loss_d.detach()),
+        "d_real": logits_real.detach().sigmoid().mean(),
+        "d_fake": logits_fake.detach().sigmoid().mean(),  # before D's update
+    }
 
 
-def update_g(G, D, opt_g, augment, fake):
-    """G: maximize log D(G(z)), the non-saturating form. Returns as update_d does."""
+def update_g(G, D, opt_g, z, fake=None):
+    """G: maximize log D(G(z)), the non-saturating form; `fake`: G(z), where it is there already."""
     D.requires_grad_(False)
-    logits_fake = D(augment(fake))
+    logits_fake = D(G(z) if fake is None else fake)
     loss_g = F.softplus(-logits_fake).mean()
     opt_g.zero_grad()
     loss_g.backward()
     common.sync_grads(G)
     opt_g.step()
     D.requires_grad_(True)
-    return common.rank_mean(loss_g.detach()), logits_fake.detach()
+    answer = logits_fake.detach().sigmoid().mean()
+    return {"loss_g": common.rank_mean(loss_g.detach()), "d_fake_after": answer}
+
+
+def update_both(G, D, opt_d, opt_g, real, z):
+    """D, then G, with the same images; these are returned too."""
+    fake = G(z)
+    stats = update_d(D, opt_d, real, fake) | update_g(G, D, opt_g, z, fake)
+    return stats | {"fake": fake.detach()}
+
+
+UPDATES = update_both, update_d, update_g
 
 
 def balance(loss_d, loss_g, extra_d, extra_g, args):
@@ -173,30 +186,21 @@ def balance(loss_d, loss_g, extra_d, extra_g, args):
     return (extra, 0, int(apart)) if d_is_behind else (0, extra, int(apart))
 
 
-def train_step(G, D, opt_d, opt_g, augment, real, args):
+def train_step(G, D, opt_d, opt_g, real, args, updates=UPDATES):
     """An update of D and one of G, then those that balance asks for. Returns 0-d tensors."""
+    both, again_d, again_g = updates
     z = torch.rand(len(real), args.z_dim, device=real.device) * 2 - 1
-    fake = G(z)
-    loss_d, logits_real, logits_fake = update_d(D, opt_d, augment, real, fake)
-    loss_g, logits_fake_g = update_g(G, D, opt_g, augment, fake)
+    stats = both(G, D, opt_d, opt_g, real, z)
+    fake = stats.pop("fake")
     extra_d, extra_g, bound = balance(
-        loss_d, loss_g,
-        lambda: update_d(D, opt_d, augment, real, fake)[0],
-        lambda: update_g(G, D, opt_g, augment, G(z))[0],
+        stats["loss_d"], stats["loss_g"],
+        lambda: again_d(D, opt_d, real, fake)["loss_d"],
+        lambda: again_g(G, D, opt_g, z)["loss_g"],
         args,
     )  # fmt: skip
     number = lambda value: torch.full((), float(value), device=real.device)  # waits for nothing
-    return {
-        "loss_d": loss_d,
-        "loss_g": loss_g,
-        "d_real": logits_real.sigmoid().mean(),
-        "d_fake": logits_fake.sigmoid().mean(),  # before D's update
-        "d_fake_after": logits_fake_g.sigmoid().mean(),
-        "extra_d": number(extra_d),
-        "extra_g": number(extra_g),
-        "bound": number(bound),
-        "p": augment.p.clone(),  # of each augmentation
-    }
+    counts = {"extra_d": extra_d, "extra_g": extra_g, "bound": bound}
+    return stats | {name: number(count) for name, count in counts.items()}
 
 
 def imbalance(stats, args):
@@ -222,9 +226,7 @@ def train(*argv, **flags):
     generator_args = size | {"z_dim": args.z_dim}
     G, D = Generator(**generator_args), Discriminator(**size, dropout=args.dropout)
     if args.summary:
-        print(common.summary(G, torch.zeros(2, args.z_dim)))
-        print(common.summary(D, torch.zeros(1, size["channels"], args.image_size, args.image_size)))
-        return None
+        return print(common.summary(G), common.summary(D))
     init_weights(G)
     init_weights(D)
     G_ema = common.averaged(G, device)
@@ -232,20 +234,21 @@ def train(*argv, **flags):
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
 
-    augment = common.Augment(args.augment).to(device)
     latent = {"dim": args.z_dim, "distribution": "uniform"}  # as train_step draws z
-    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
     run = common.Run(args, __file__, images, device, generator_args, latent, **state)
-    epoch, told = [], None
+    # a graph each, since the rule between them waits for the device
+    updates = [common.Recorded(update, device, args) for update in UPDATES]
+    steps, told = [], None
     for real in run.batches():
-        stats = train_step(G, D, opt_d, opt_g, augment, real, args)
+        epoch, stats = run.epoch, train_step(G, D, opt_d, opt_g, real, args, updates)
         common.update_ema(G_ema, G, run.step, args.ema)
         run.end_step(stats)
-        epoch.append(stats)
-        if run.step % run.steps_per_epoch == 0:
-            advice, epoch = imbalance(epoch, args), []
+        steps.append(stats)
+        if run.epoch > epoch:
+            advice, steps = imbalance(steps, args), []
             if advice and advice != told:
-                print(f"\nepoch {run.epoch}: {advice}", flush=True)
+                common.say(f"\nepoch {run.epoch}: {advice}")
             told = advice
     return run.folder
 

@@ -29,7 +29,7 @@ R1_EVERY = 16  # steps from penalty to penalty, each that many times as strong (
 def get_args(argv, **flags):
     # batch, decay and rates won in docs/experiments.md; the paper's are 128, no average and 2e-4.
     # What is None here is settled below, by data and size.
-    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.99, augment=None)
+    parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.99)
     number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
@@ -42,7 +42,10 @@ def get_args(argv, **flags):
         help="label smoothing: D's target for real images is 1 minus this")  # fmt: skip
     add("--r1", type=rate, metavar="GAMMA",
         help="R1: penalty on D's slope in place of its BatchNorm; default: 0, MNIST 1")  # fmt: skip
-    add("--lr_decay", type=rate, default=1.0, help="both rates times this after every epoch")
+    add("--lr_decay", type=common.bounded(float, 0, 1), default=1.0,
+        help="both rates times this after every epoch")  # fmt: skip
+    add("--augment", choices=["need", "none"],
+        help="need: disturb images as D gets too sure; default: need, with --r1 none")  # fmt: skip
     add("--norm", choices=["batch", "none"], default="batch", help="normalisation of inner layers")
     add("--alpha", type=rate, default=0.2, help="LeakyReLU slope in D")
     add("--alpha_g", type=rate, default=0.0, help="LeakyReLU slope in G; 0 is ReLU")
@@ -126,6 +129,50 @@ def init_weights(net, init):
             nn.init.normal_(layer.weight, 1.0, 0.02)
 
 
+TARGET, MOST, PACE = 0.75, 0.5, 50_000  # of `sure`; of p; images for p to go from 0 to 1
+SPREAD = 0.2  # of log2 of an image's size
+
+
+class Augment(nn.Module):
+    """Shifts, resizes and stretches what D sees, real and generated alike; G learns through it.
+
+    Each with probability p, which `update` moves by need (Karras et al., 2020, arXiv:2006.06676).
+    """
+
+    def __init__(self, image_size, on=True):
+        super().__init__()
+        self.on = on
+        place = torch.arange(image_size) - (image_size - 1) / 2  # of a pixel, from the centre
+        self.register_buffer("place", place, persistent=False)
+        bends = SPREAD * torch.tensor([[1.0, 1.0], [-1.0, 1.0]])  # scale, stretch: of each axis
+        self.register_buffer("bends", bends, persistent=False)
+        self.register_buffer("p", torch.tensor(0.0))
+        self.register_buffer("sure", torch.tensor(0.0))
+
+    @torch.no_grad()
+    def update(self, logits_real):
+        """After an update of D: move p by D's logits of the real images as it saw them, (N,)."""
+        if self.on:
+            self.sure.lerp_(common.rank_mean(logits_real.sign().mean()), 0.03)
+            step = len(logits_real) * common.WORLD_SIZE / PACE
+            self.p.add_((self.sure - TARGET).sign(), alpha=step).clamp_(0, MOST)
+
+    def forward(self, images):
+        """Images (N, C, side, side), resampled bilinearly, with zeros from outside."""
+        if not self.on:
+            return images
+        n, channels, side, _ = images.shape
+        uniform = torch.rand(n, 6, device=images.device)
+        hit = uniform[:, :4] < self.p  # moved down, right; scaled, stretched
+        shift = ((uniform[:, 4:] - 0.5) * (side / 4) * hit[:, :2]).round()  # up to an eighth
+        zoom = torch.exp2((torch.randn(n, 2, device=images.device) * hit[:, 2:]) @ self.bends)
+        # where each row and column comes from, then matrices that take it from there
+        source = (self.place - shift[..., None]) * zoom[..., None]  # (N, 2, side)
+        rows, columns = F.relu(1 - (source[..., None] - self.place).abs()).unbind(1)
+        images = images.flatten(1, 2) @ columns.mT  # (N, C * side, side)
+        return rows[:, None] @ images.view(n, channels, side, side)
+
+
 def r1_penalty(D, images):
     """Mean of |dD/dx|^2 over images (N, C, H, W), which holds D flat around them.
 
@@ -136,14 +183,13 @@ def r1_penalty(D, images):
     return slopes.square().sum((1, 2, 3)).mean()
 
 
-def train_step(G, D, opt_d, opt_g, augment, real, step, args):
+def train_step(G, D, opt_d, opt_g, augment, real, penalize, args):
     """k updates of D, each with fresh images, then one of G. Returns detached 0-d tensors.
 
-    real: (k * N, C, H, W) in [-1, 1]; step: its number, from 0. All losses are means of -log D or
+    real: (k * N, C, H, W) in [-1, 1]; penalize: with R1? All losses are means of -log D or
     -log(1 - D), from logits: -log D(x) = softplus(-logit) and -log(1 - D(x)) = softplus(logit).
     For another loss change loss_real, loss_d, loss_g; augment needs the sign of logits_real only.
     """
-    gamma = args.r1 * R1_EVERY if step % R1_EVERY == 0 else 0.0
     for x in real.chunk(args.k):
         # D: maximize log D(x) + log(1 - D(G(z))). Real and fake go separately: BatchNorm must not
         # mix them. With one-sided smoothing s: (1 - s) log D(x) + s log(1 - D(x)) for the real.
@@ -154,9 +200,11 @@ def train_step(G, D, opt_d, opt_g, augment, real, step, args):
         s = args.one_sided
         loss_real = (1 - s) * F.softplus(-logits_real) + s * F.softplus(logits_real)
         loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
-        penalty = gamma / 2 * r1_penalty(D, seen) if gamma else 0.0
+        objective = loss_d
+        if penalize:
+            objective = loss_d + R1_EVERY * args.r1 / 2 * r1_penalty(D, seen)
         opt_d.zero_grad()
-        (loss_d + penalty).backward()
+        objective.backward()
         common.sync_grads(D)
         opt_d.step()
         augment.update(logits_real.detach())
@@ -191,9 +239,7 @@ def train(*argv, **flags):
     G = Generator(**generator_args)
     D = Discriminator(**size, norm="none" if args.r1 else args.norm, alpha=args.alpha)
     if args.summary:
-        print(common.summary(G, torch.zeros(1, args.z_dim)))
-        print(common.summary(D, torch.zeros(1, size["channels"], args.image_size, args.image_size)))
-        return None
+        return print(common.summary(G), common.summary(D))
     init_weights(G, args.init)
     init_weights(D, args.init)
     G_ema = common.averaged(G, device)
@@ -201,14 +247,16 @@ def train(*argv, **flags):
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
 
-    augment = common.Augment(args.augment).to(device)
+    augment = Augment(args.image_size, args.augment == "need").to(device)
     latent = {"dim": args.z_dim, "distribution": "normal"}  # as train_step draws z
     state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
     run = common.Run(args, __file__, images, device, generator_args, latent, args.k, **state)
+    step = common.Recorded(train_step, device, args)
     for real in run.batches():
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
             opt.param_groups[0]["lr"] = rate * args.lr_decay**run.epoch
-        stats = train_step(G, D, opt_d, opt_g, augment, real, run.step, args)
+        penalize = args.r1 > 0 and run.step % R1_EVERY == 0
+        stats = step(G, D, opt_d, opt_g, augment, real, penalize, args)
         common.update_ema(G_ema, G, run.step, args.ema)
         run.end_step(stats)
     return run.folder

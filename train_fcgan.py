@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
         return self.layers(images.flatten(1)).flatten().float()
 
 
-def train_step(G, D, opt_d, opt_g, augment, real, args):
+def train_step(G, D, opt_d, opt_g, real, args):
     """k updates of D, each with fresh images, then one of G. Returns detached 0-d tensors.
 
     real: (k * N, C, H, W) in [-1, 1]. Losses are means of -log P(right), from logits: with the
@@ -104,18 +104,17 @@ def train_step(G, D, opt_d, opt_g, augment, real, args):
     for x in real.chunk(args.k):
         # D: maximize log P(real | x) + log P(fake | G(z)); in one pass, as no BatchNorm mixes them
         fake = G(torch.randn(len(x), args.z_dim, device=x.device))
-        both = torch.cat([augment(x), augment(fake.detach())])
+        both = torch.cat([x, fake.detach()])
         logits_real, logits_fake = (sign * D(both)).chunk(2)
         loss_d = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         opt_d.zero_grad()
         loss_d.backward()
         common.sync_grads(D)
         opt_d.step()
-        augment.update(logits_real.detach())
 
     # G: maximize log P(real | G(z)), the non-saturating form, with the images D has just seen
     D.requires_grad_(False)
-    logits_fake_g = sign * D(augment(fake))
+    logits_fake_g = sign * D(fake)
     loss_g = F.softplus(-logits_fake_g).mean()
     opt_g.zero_grad()
     loss_g.backward()
@@ -128,7 +127,6 @@ def train_step(G, D, opt_d, opt_g, augment, real, args):
         "d_real": logits_real.detach().sigmoid().mean(),  # P(real), whatever the labels
         "d_fake": logits_fake.detach().sigmoid().mean(),  # before D's update
         "d_fake_after": logits_fake_g.detach().sigmoid().mean(),
-        "p": augment.p.clone(),  # of each augmentation
     }
 
 
@@ -144,20 +142,18 @@ def train(*argv, **flags):
     G = Generator(**generator_args)
     D = Discriminator(**size, hidden=hidden_d, dropout=args.dropout)
     if args.summary:
-        print(common.summary(G, torch.zeros(1, args.z_dim)))
-        print(common.summary(D, torch.zeros(1, *G.shape)))
-        return None
+        return print(common.summary(G), common.summary(D))
     G_ema = common.averaged(G, device)
     G, D = common.prepare(G, device, args), common.prepare(D, device, args)
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, (args.beta1, 0.999), fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, (args.beta1, 0.999), fused=True)
 
-    augment = common.Augment(args.augment).to(device)
     latent = {"dim": args.z_dim, "distribution": "normal"}  # as train_step draws z
-    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g}
     run = common.Run(args, __file__, images, device, generator_args, latent, args.k, **state)
+    step = common.Recorded(train_step, device, args)
     for real in run.batches():
-        stats = train_step(G, D, opt_d, opt_g, augment, real, args)
+        stats = step(G, D, opt_d, opt_g, real, args)
         common.update_ema(G_ema, G, run.step, args.ema)
         run.end_step(stats)
     return run.folder
