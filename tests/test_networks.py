@@ -1,4 +1,4 @@
-"""Helpers of common.py that the scripts share: average, latents, augmentation, pixels."""
+"""Helpers of common.py that the scripts share: average, latents, pixels."""
 
 import numpy as np
 import pytest
@@ -35,6 +35,36 @@ def test_the_average_has_the_buffers_of_g_but_batchnorms_are_its_own():
     for name, buffer in G_ema.named_buffers():
         assert torch.equal(buffer, before[name] if name.startswith("1.") else theirs[name]), name
         assert not torch.equal(before[name], theirs[name]), name
+
+
+def test_refreshed_statistics_are_those_of_the_averages_own_images_and_touch_nothing_else():
+    """Spectral normalisation's estimates must not move, nor dropout act, nor D's seed count."""
+    torch.manual_seed(0)
+    linear = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    G_ema = nn.Sequential(linear, nn.Dropout(0.5), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+    G_ema = common.averaged(G_ema, "cpu")
+    latent = {"dim": 4, "distribution": "normal"}
+    before = {name: value.clone() for name, value in G_ema.state_dict().items()}
+    drawn, state = [], torch.get_rng_state()
+    hook = G_ema[2].register_forward_pre_hook(lambda _, x: drawn.append(x[0]))
+    common.refresh_batchnorm(G_ema, latent, 3)
+    hook.remove()
+    assert torch.equal(state, torch.get_rng_state()) and not G_ema.training
+    assert not any(module.training for module in G_ema.modules())
+    moved = {
+        name for name, value in G_ema.state_dict().items() if not torch.equal(before[name], value)
+    }
+    assert moved == {f"2.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    torch.testing.assert_close(
+        G_ema[2].running_mean, torch.stack([x.mean(0) for x in drawn]).mean(0)
+    )
+    torch.testing.assert_close(G_ema[2].running_var, torch.stack([x.var(0) for x in drawn]).mean(0))
+    first = G_ema[2].running_mean.clone()
+    assert len(torch.cat(drawn).unique(dim=0)) == 8 * common.CHUNK  # nothing drawn twice
+    common.refresh_batchnorm(G_ema, latent, 3)
+    assert torch.equal(G_ema[2].running_mean, first)
+    common.refresh_batchnorm(G_ema, latent, 4)
+    assert not torch.equal(G_ema[2].running_mean, first)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "uniform"])
@@ -83,166 +113,8 @@ def test_generated_images_do_not_depend_on_their_neighbours():
     assert (common.generate(G, z[64:65]) == many[64:65]).all()
 
 
-# ---------------------------------------------------------------------------------- augmentation
-
-
-def images(n=200, size=16):
-    return torch.rand(n, 3, size, size) + 1  # nowhere zero, so that what comes in can be seen
-
-
-def augmented(x, policy, p=None):
-    """By the fixed policy, or by need with this p."""
-    augment = common.Augment(policy)
-    augment.p.fill_(augment.p if p is None else p)
-    return augment(x)
-
-
-def test_translation_moves_whole_pixels_and_brings_in_zeros():
-    x = images()
-    moved = augmented(x, "translation")
-    offsets = set()
-    for before, after in zip(x, moved):
-        rows, columns = after[0].any(1).nonzero().ravel(), after[0].any(0).nonzero().ravel()
-        down = rows[0].item() if rows[0] else rows[-1].item() - 15
-        right = columns[0].item() if columns[0] else columns[-1].item() - 15
-        offsets.add((down, right))
-        back = torch.roll(after, (-down, -right), (1, 2))
-        kept = back != 0
-        assert torch.equal(back[kept], before[kept])
-        assert kept[0].sum() == (16 - abs(down)) * (16 - abs(right))
-    assert offsets == {(a, b) for a in range(-2, 3) for b in range(-2, 3)}  # an eighth of 16
-
-
-def spots(n, size=17):
-    """A bell around the very centre; its width can be measured along rows and along columns."""
-    place = torch.arange(size) - (size - 1) / 2
-    bell = torch.exp(-(place[:, None] ** 2 + place**2) / (2 * 2.5**2))
-    return bell.expand(n, 3, size, size)
-
-
-def extent(x):
-    """Centre and standard deviation of images (N, C, H, W) as densities: along rows, columns."""
-    density, place = x[:, 0] / x[:, 0].sum((1, 2), keepdim=True), torch.arange(x.shape[-1]) * 1.0
-    along = torch.stack([density.sum(2), density.sum(1)])  # (2, N, side)
-    mean = (along * place).sum(2)
-    return mean, ((along * (place - mean[..., None]) ** 2).sum(2)).sqrt()
-
-
-@pytest.mark.parametrize("kind", ["scale", "stretch"])
-def test_scale_and_stretch_keep_the_centre(kind):
-    torch.manual_seed(0)
-    x = spots(400)
-    mean, width = extent(augmented(x, kind))
-    torch.testing.assert_close(mean, torch.full_like(mean, 8.0), rtol=0, atol=1e-3)
-    high, wide = (width / extent(x)[1]).log2()  # powers of two, of normal law
-    inside = (high.abs() < 0.35) & (wide.abs() < 0.35)  # larger ones are cut by the border
-    assert inside.sum() > 300
-    torch.testing.assert_close(
-        high[inside], wide[inside] if kind == "scale" else -wide[inside], rtol=0, atol=0.06
-    )
-    assert high.std() == pytest.approx(0.2, rel=0.25)
-    assert abs(high.median()) < 0.03
-
-
-def test_a_scale_of_one_changes_no_bit_and_of_two_takes_the_middle():
-    x, zero = images(3, 8), torch.zeros(3, 1, 1, 1)
-    same = common.resampling(8, zero + 1, zero)
-    assert torch.equal(same @ x @ same.mT, x)
-    ramp = torch.arange(9.0).expand(1, 1, 9, 9)
-    twice = ramp @ common.resampling(9, torch.full((1, 1, 1, 1), 2.0), zero[:1]).mT
-    torch.testing.assert_close(twice[0, 0, 0], torch.arange(2, 6.5, 0.5))
-
-
-def test_cutout_removes_at_most_a_square_of_half_the_side():
-    x = images()
-    holes = (augmented(x, "cutout") == 0).all(1)
-    assert holes.sum((1, 2)).max() == 8 * 8 and holes.any(0).all()
-    for hole in holes:
-        rows, columns = hole.any(1), hole.any(0)
-        assert torch.equal(hole, rows[:, None] & columns) and max(rows.sum(), columns.sum()) <= 8
-
-
-def test_colour_changes_brightness_saturation_and_contrast_of_each_image_alike():
-    x = images(size=8).requires_grad_()
-    y = augmented(x, "colour")
-    level = y.mean((1, 2, 3)) - x.mean((1, 2, 3))
-    assert level.abs().max() <= 0.5 + 1e-5 and level.std() > 0.2
-    # the differences between pixels of one channel mean are scaled by the contrast alone
-    contrast = y.mean(1).std((1, 2)) / x.mean(1).std((1, 2))
-    assert contrast.min() >= 0.5 - 1e-4 and contrast.max() <= 1.5 + 1e-4 and contrast.std() > 0.2
-    y.sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
-def test_without_augmentation_every_bit_stays():
-    x = torch.randn(8, 3, 16, 16) * 3  # of both signs, beyond [-1, 1] too
-    assert torch.equal(augmented(x, "need", p=0.0), x)
-    assert augmented(x, "none") is x
-
-
-def test_augmentation_follows_the_seed_and_g_learns_through_it():
-    x, augment = images(8), common.Augment(",".join(common.KINDS))
-    torch.manual_seed(4)
-    first = augment(x)
-    assert not torch.equal(first, augment(x))
-    torch.manual_seed(4)
-    assert torch.equal(first, augment(x))
-    x.requires_grad_()
-    augment(x).square().sum().backward()
-    assert (x.grad != 0).float().mean() > 0.4
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_by_need_each_kind_reaches_this_share_of_the_images(p):
-    torch.manual_seed(1)
-    x = images(4000, 8)
-    changed = (augmented(x, "need", p) != x).flatten(1).any(1).float().mean()
-    # scale, stretch and two translations, of which one pixel each way: half of the draws move
-    expected = 1 - (1 - p) ** 2 * (1 - p / 2) ** 2
-    assert changed.item() == pytest.approx(expected, abs=0.03)
-
-
-def test_p_rises_while_d_is_sure_of_real_images_and_falls_otherwise():
-    augment = common.Augment("need")
-    assert augment.p == 0 and not [*augment.parameters()]
-    for _ in range(10):
-        augment.update(torch.full((50,), -3.0))  # D takes them for generated: no need
-    assert augment.p == 0
-    ps = []
-    for _ in range(2000):
-        augment.update(torch.full((50,), 0.1))  # sure is what is right, however narrowly
-        ps.append(augment.p.item())
-    assert ps[0] == 0 and ps[-1] == pytest.approx(common.MOST)  # bounded
-    rising = [after - before for before, after in zip(ps, ps[1:]) if before < after]
-    assert rising[:-1] == pytest.approx([50 / common.PACE] * (len(rising) - 1), rel=0.01)
-    for _ in range(2000):
-        augment.update(torch.cat([torch.full((35,), 2.0), torch.full((15,), -9.0)]))
-    assert augment.sure.item() == pytest.approx(0.4, abs=1e-3) and augment.p == 0
-    assert augment.p >= 0
-
-
-def test_a_fixed_policy_has_nothing_to_move_or_to_keep():
-    augment = common.Augment("cutout")
-    augment.update(torch.ones(50))
-    assert augment.p == 1 and not augment.state_dict()
-    assert set(common.Augment("need").state_dict()) == {"p", "sure"}
-
-
-def test_augmentation_waits_for_no_device():
-    """On "meta" nothing has values: an .item() or a tensor made on the CPU would raise."""
-    for policy in ("need", ",".join(common.KINDS)):
-        augment = common.Augment(policy).to("meta")
-        x = torch.zeros(4, 3, 16, 16, device="meta", requires_grad=True)
-        y = augment(x)
-        augment.update(torch.zeros(4, device="meta"))
-        assert y.is_meta and y.shape == x.shape and augment.p.is_meta and augment.sure.is_meta
-
-
 def test_summary_counts_layers_and_parameters():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    text = common.summary(net, torch.zeros(1, 3, 4, 4))
+    text = common.summary(net)
     assert "Conv2d(3, 8, kernel_size=(3, 3)" in text and "Linear(in_features=128" in text
-    last = f"(1, 3, 4, 4) -> (1, 2), {3 * 8 * 9 + 8 + 128 * 2 + 2:,} parameters"
-    assert text.splitlines()[-1] == last
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert text.splitlines()[-1] == f"{3 * 8 * 9 + 8 + 128 * 2 + 2:,} parameters"
