@@ -15,7 +15,6 @@ import generate
 import train_balanced
 from train_balanced import Discriminator, Generator, UpsampleConv, balance, train, train_step
 
-NONE = common.Augment("none")
 TINY = {"image_size": 16, "width": 2, "z_dim": 8, "batch_size": 8, "epochs": 2}
 
 
@@ -162,7 +161,7 @@ def test_the_published_recipe_by_flags():
         ["--path", "x", "--width", "128", "--lrd", "2e-5", "--lrg", "2e-5"]
     )
     assert (args.width, args.lrd, args.lrg, args.beta1) == (128, 2e-5, 2e-5, 5e-4)
-    assert (args.batch_size, args.margin, args.dropout, args.augment) == (50, 0.1, 0.2, "none")
+    assert (args.batch_size, args.margin, args.dropout) == (50, 0.1, 0.2)
     assert (args.image_size, args.z_dim, args.epochs) == (64, 100, 200)
     assert train_balanced.get_args(["--path", "x", "--margin", "inf"]).margin == math.inf
 
@@ -170,7 +169,7 @@ def test_the_published_recipe_by_flags():
 def test_losses_are_means_of_binary_cross_entropy_per_image():
     G, D, opt_d, opt_g = small_pair(lr=0.0)
     torch.manual_seed(3)
-    stats = train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(margin=math.inf))
+    stats = train_step(G, D, opt_d, opt_g, real_images(), settings(margin=math.inf))
     torch.manual_seed(3)
     fake = G(torch.rand(6, 8) * 2 - 1)
     bce, ones = F.binary_cross_entropy_with_logits, torch.ones(6)
@@ -181,7 +180,7 @@ def test_losses_are_means_of_binary_cross_entropy_per_image():
     for p in silent.parameters():
         nn.init.zeros_(p)
     opt_d = torch.optim.Adam(silent.parameters(), 0.0)
-    stats = train_step(G, silent, opt_d, opt_g, NONE, real_images(), settings())
+    stats = train_step(G, silent, opt_d, opt_g, real_images(), settings())
     assert stats["loss_d"] == stats["loss_g"] == pytest.approx(math.log(2))
     assert stats["extra_d"] == stats["extra_g"] == stats["bound"] == 0
 
@@ -191,7 +190,7 @@ def test_extra_updates_move_the_network_that_is_behind_alone(behind):
     """One whose rate is zero never catches up: its updates go on to the bound."""
     G, D, opt_d, opt_g = small_pair(lr=0.0)
     nn.init.constant_(D.layers[-1].bias, -3 if behind == "G" else 1)  # G is found out, or D fooled
-    stats = train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(max_extra=3))
+    stats = train_step(G, D, opt_d, opt_g, real_images(), settings(max_extra=3))
     assert (stats["extra_d"], stats["extra_g"]) == ((3, 0) if behind == "D" else (0, 3))
     assert stats["bound"] == 1
     steps = [int(opt.state[opt.param_groups[0]["params"][0]]["step"]) for opt in (opt_d, opt_g)]
@@ -204,7 +203,7 @@ def test_extra_updates_see_the_same_images_and_latents():
     latents, seen = [], []
     G.register_forward_hook(lambda _, inputs, __: latents.append(inputs[0]))
     D.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach()))
-    train_step(G, D, opt_d, opt_g, NONE, real_images(), settings(max_extra=2))
+    train_step(G, D, opt_d, opt_g, real_images(), settings(max_extra=2))
     assert len(latents) == 3 and all(torch.equal(latents[0], z) for z in latents)
     assert latents[0].abs().max() <= 1 and latents[0].min() < -0.5
     assert torch.equal(seen[0][:6], real_images()) and torch.equal(seen[0][6:], seen[1])
@@ -214,30 +213,40 @@ def test_extra_updates_see_the_same_images_and_latents():
 def test_the_updates_wait_for_no_device():
     """On "meta" nothing has values; the comparison between them is the one that needs some."""
     G, D, opt_d, opt_g = small_pair("meta", fused=False, dropout=0.2)
-    augment = common.Augment("need").to("meta")
-    fake = G(torch.rand(6, 8, device="meta") * 2 - 1)
-    results = [
-        *train_balanced.update_d(D, opt_d, augment, real_images().to("meta"), fake),
-        *train_balanced.update_g(G, D, opt_g, augment, fake),
-    ]
-    assert all(result.is_meta and not result.requires_grad for result in results)
+    z, real = torch.rand(6, 8, device="meta") * 2 - 1, real_images().to("meta")
+    both = train_balanced.update_both(G, D, opt_d, opt_g, real, z)
+    stats = train_balanced.update_d(D, opt_d, real, both["fake"])
+    stats |= train_balanced.update_g(G, D, opt_g, z)
+    assert {*both} == {*stats, "fake"} and both["fake"].shape == real.shape
+    assert all(value.shape == () for value in stats.values())
+    for value in [*both.values(), *stats.values()]:
+        assert value.is_meta and not value.requires_grad
     assert all(p.requires_grad for p in D.parameters())
 
 
-def test_both_networks_see_augmented_images_only():
-    G, D, opt_d, opt_g = small_pair(lr=0.0)
-    judged, made, told = [], [], []
-    D.register_forward_hook(lambda _, x, __: judged.append(x[0].detach()))
-    G.register_forward_hook(lambda _, __, images: made.append(images.detach()))
-    augment = lambda images: images + 10
-    augment.update, augment.p = told.append, torch.tensor(0.25)
-    stats = train_step(G, D, opt_d, opt_g, augment, real_images(), settings(max_extra=1, margin=0))
-    both = torch.cat([real_images(), made[0]])
-    assert torch.equal(judged[0], both + 10) and torch.equal(judged[1], made[0] + 10)
-    for extra in judged[2:]:
-        assert torch.equal(extra, (both if stats["extra_d"] else made[-1]) + 10)
-    assert len(judged) == 3 and len(told) == 1 + stats["extra_d"]
-    torch.testing.assert_close(told[0].sigmoid().mean(), stats["d_real"])
+@pytest.mark.parametrize("behind", ["D", "G"])
+def test_the_updates_that_a_step_is_given_are_those_it_makes(behind):
+    """As many times as it counts, with the arguments of the functions they stand for."""
+    plain, given, called = small_pair(), small_pair(), []
+    for pair in (plain, given):
+        nn.init.constant_(pair[1].layers[-1].bias, -3 if behind == "G" else 1)
+
+    def noting(update):
+        return lambda *words: (called.append(update.__name__), update(*words))[1]
+
+    args, stats = settings(max_extra=2, margin=0.0), []
+    for pair, updates in ((plain, []), (given, [map(noting, train_balanced.UPDATES)])):
+        torch.manual_seed(0)
+        stats.append(train_step(*pair, real_images(), args, *updates))
+    assert stats[0] == stats[1]
+    assert {*stats[0]} == {"loss_d", "loss_g", "d_real", "d_fake", "d_fake_after"} | {
+        *("extra_d", "extra_g", "bound")
+    }
+    again = f"update_{behind.lower()}"
+    assert called == ["update_both", *[again] * int(stats[0][f"extra_{behind.lower()}"])]
+    assert len(called) > 1
+    for net, other in zip(plain[:2], given[:2]):
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
 
 
 def test_weights_begin_as_in_dcgan():
@@ -260,7 +269,8 @@ def test_a_run_counts_extra_updates_and_says_when_they_do_not_suffice(imgs, caps
     run = train(path=imgs, **TINY, lrg=0.0, lrd=1e-2, margin=0.0, max_extra=2)
     header, *rows = (run / "metrics.csv").read_text().splitlines()
     columns = dict(zip(header.split(","), zip(*(map(float, row.split(",")) for row in rows))))
-    assert set(columns) == {*common.COLUMNS, "extra_d", "extra_g", "bound", "p"}
+    own = {"loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "extra_d", "extra_g", "bound"}
+    assert set(columns) == {*common.COLUMNS} | own
     assert max(columns["extra_g"]) == 2 and max(columns["bound"]) == 1
     out = capsys.readouterr().out
     assert "in most steps G stays behind D even with 2 extra updates: raise --lrg" in out
