@@ -163,19 +163,24 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     follows from the pixels. Undecodable files are listed; UserError if nothing is left.
     """
     files, open_image = image_files(path)
-    whole = Path(path).resolve()
-    place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-{channels}-"
-    cached = Path(cache, f"{place}{short_hash((5, files))}.npy")  # another 5 where decode changes
-    if not (found := read_cache(cached, files, open_image, image_size)):
+    whole, wanted = Path(path).resolve(), (channels,) if channels != "auto" else ("3", "1")
+    place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-"
+    stem = Path(cache, f"{place}{short_hash((5, files))}")  # another 5 where decode changes
+    for number in wanted:
+        cached = Path(f"{stem}-{number}.npy")
+        found = read_cache(cached, files, open_image, image_size, channels)
+        if found:
+            break
+    else:
         try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            fill_cache(cached, [*files], open_image, image_size, channels)
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            cached = fill_cache(stem, [*files], open_image, image_size, channels)
         except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        for stale in cached.parent.iterdir():  # made when the files were others
-            if stale.name.startswith(place) and stale.stem != cached.stem:
+        for stale in stem.parent.iterdir():  # made when the files were others
+            if stale.name.startswith(place) and not stale.name.startswith(stem.name):
                 stale.unlink(missing_ok=True)
-        found = read_cache(cached, files, None, image_size)
+        found = read_cache(cached, files, None, image_size, channels)
     images, notes = found
     failed, beside = notes["failed"], cached.with_suffix(".json")
     if not len(images):
@@ -194,15 +199,15 @@ def short_hash(content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def read_cache(cached, files, open_image, image_size):
+def read_cache(cached, files, open_image, image_size, channels):
     """The array and notes of fill_cache; None where they do not fit, or a file that failed then
     can be decoded now."""
     try:
         images = np.load(cached, mmap_mode="r")
         notes = json.loads(cached.with_suffix(".json").read_text())
-        failed, channels = [*notes["failed"]], notes["channels"]
-        shape = len(files) - len(failed), image_size, image_size, channels
-        if images.shape != shape or images.dtype != np.uint8:
+        n, failed = len(files) - len(notes["failed"]), [*notes["failed"]]
+        fits = images.shape[:3] == (n, image_size, image_size) and images.dtype == np.uint8
+        if not fits or images.shape[3] != (notes["auto"] if channels == "auto" else int(channels)):
             return None
         again = decoded(failed if open_image else [], open_image, image_size=image_size)
         return None if any(error is None for _, error in again) else (images, notes)
@@ -210,12 +215,12 @@ def read_cache(cached, files, open_image, image_size):
         return None
 
 
-def fill_cache(cached, names, open_image, image_size, channels):
-    """Decode files into the .npy `cached`, with notes on them in a .json beside it."""
-    if channels == "auto":
-        modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
-        channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
-    hashes, failed, shape = [], {}, (image_size, image_size, int(channels))
+def fill_cache(stem, names, open_image, image_size, channels):
+    """Decode files into an .npy, with notes on them in a .json beside it; returns its path."""
+    modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
+    auto = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
+    shape = image_size, image_size, auto if channels == "auto" else int(channels)
+    hashes, failed, cached = [], {}, Path(f"{stem}-{shape[2]}.npy")
     header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
         np.lib.format.write_array_header_1_0(file, header())
@@ -229,8 +234,9 @@ def fill_cache(cached, names, open_image, image_size, channels):
         file.seek(0)  # numpy leaves room in a header for any first axis
         np.lib.format.write_array_header_1_0(file, header())
     notes = {"fingerprint": short_hash(hashes), "duplicates": len(hashes) - len({*hashes})}
-    notes |= {"channels": shape[2], "failed": failed}
+    notes |= {"auto": auto, "failed": failed}
     write_file(cached.with_suffix(".json"), json.dumps(notes, indent=1).encode())
+    return cached
 
 
 def classes_of(names):
@@ -510,6 +516,9 @@ def generate(G, z):
     return np.concatenate(images)
 
 
+PLAIN = int, float, str, tuple, np.generic  # what a graph would hold for good
+
+
 class Recorded:
     """A training step as a CUDA graph: recorded once, then replayed, with the same results.
 
@@ -523,16 +532,14 @@ class Recorded:
         self.step, self.device, self.signature = step, device, inspect.signature(step)
         self.on = args.graph and device.type == "cuda" and WORLD_SIZE == 1
         self.stream = torch.cuda.Stream(device) if self.on else None
-        self.graphs, self.calls, self.held, self.rates = {}, {}, {}, {}
+        self.graphs, self.calls, self.given, self.held, self.rates = {}, {}, {}, [], {}
 
     def __call__(self, *args, **kwargs):
         if not self.on:
             return self.step(*args, **kwargs)
         call = self.signature.bind(*args, **kwargs)
         if name := self.changed(call.arguments):
-            self.stay_plain(
-                f"{name} changes between calls: make it a 0-d tensor, or True and False"
-            )
+            self.stay_plain(f"{name} changes between calls: make it a 0-d tensor, or a bool")
         if self.on:
             of = lambda kind: {n: v for n, v in call.arguments.items() if isinstance(v, kind)}
             tensors = of(torch.Tensor)
@@ -548,31 +555,34 @@ class Recorded:
         return self.step(*args, **kwargs)
 
     def changed(self, given):
-        """The name of a number that is not what it was: an argument, an attribute of one or of a
-        module in it, what an optimizer goes by, what the step reads around it. None if all are."""
-        around = inspect.getclosurevars(self.step)
-        places = [{n: v for n, v in given.items() if not isinstance(v, bool | torch.Tensor)}]
-        places += [around.globals, around.nonlocals]
-        for value in [*given.values(), *around.nonlocals.values()]:
-            modules = value.modules() if isinstance(value, nn.Module) else [value]
-            places += [vars(module) for module in modules if hasattr(module, "__dict__")]
-            places += getattr(value, "param_groups", [])
-            places += [value] if isinstance(value, dict) else []
-            places += [dict(enumerate(value))] if isinstance(value, list | tuple) else []
-        for i, place in enumerate(places):
-            for name, value in place.items():
-                if isinstance(value, torch.Tensor):  # another one, or refilled on the CPU
-                    value = id(value), value.is_cuda or value._version
-                if not isinstance(value, int | float | str | tuple) or reads_rate(place, name):
-                    continue
-                if self.held.setdefault((i, name), value) != value:
-                    return name
+        """The name of what is not as in the first call: an argument other than tensors and bools,
+        a number in its attributes, modules or rates, or in what the step reads around it."""
+        self.given |= {n: v for n, v in given.items() if not isinstance(v, bool | torch.Tensor)}
+        if not self.held:
+            code, cells = self.step.__code__, self.step.__closure__ or ()
+            places = [dict(zip(code.co_freevars, (cell.cell_contents for cell in cells)))]
+            for value in [*self.given.values(), *places[0].values()]:
+                places += getattr(value, "param_groups", [])
+                parts = value.modules() if isinstance(value, nn.Module) else [value]
+                places += [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in parts]
+            watched = [(self.step.__globals__, name) for name in code.co_names]
+            watched += [(place, name) for place in [self.given, *places] for name in place]
+            for place, name in watched:
+                value = place.get(name)
+                number = isinstance(value, (*PLAIN, torch.Tensor)) and not reads_rate(place, name)
+                if number or place is self.given:
+                    self.held.append((place, name, value, version(value)))
+        for place, name, before, number in self.held:
+            value = place.get(name)
+            same = value is before or isinstance(value, PLAIN) and value == before
+            if not same or version(value) != number:
+                return name
         return None
 
     @contextlib.contextmanager
     def rates_on_device(self, opts):
         """In the block optimizers read their rates from the device; outside they look as ever."""
-        groups = [g for opt in opts for g in opt.param_groups if reads_rate(g, "lr")]
+        groups = [g for opt in opts for g in opt.param_groups if reads_rate(g)]
         before = [{n: g[n] for n in ("lr", "capturable") if n in g} for g in groups]
         for i, (group, numbers) in enumerate(zip(groups, before)):
             held = self.rates.setdefault(i, torch.zeros((), device=self.device))
@@ -585,6 +595,9 @@ class Recorded:
                 group |= numbers
 
     def warm_up(self, call):
+        opts = [value for value in call.arguments.values() if hasattr(value, "param_groups")]
+        for state in [state for opt in opts for state in opt.state.values() if "step" in state]:
+            state["step"] = state["step"].to(self.device)  # of a resumed run
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # the one of the recording
             stats = self.step(*call.args, **call.kwargs)
@@ -628,10 +641,15 @@ class Recorded:
         say(f"\nWARNING: no CUDA graph of {name}, it takes several times as long: {why}")
 
 
-def reads_rate(group, name):
+def reads_rate(group, name="lr"):
     """Is this the rate of an optimizer that can read it from the device? Others need a number."""
-    able = "capturable" in group or group.get("fused")
-    return name == "lr" and able and not isinstance(group["lr"], torch.Tensor)
+    able = name == "lr" and ("capturable" in group or group.get("fused"))
+    return able and not isinstance(group["lr"], torch.Tensor)
+
+
+def version(value):
+    """Of a tensor on the CPU, whose numbers a graph holds: how often it was refilled."""
+    return value._version if type(value) is torch.Tensor and not value.is_cuda else 0
 
 
 def summary(net):
@@ -741,7 +759,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, words):
         for i, word in enumerate(words):
             if word == "" or re.fullmatch("--[^=]+=", word):
-                self.error(f"{word or words[i - 1] if i else 'the first word'}: the value is empty")
+                self.error(f"{word or (words[i - 1] if i else 'a word')}: the value is empty")
         return super().parse_args(words)
 
     def error(self, message):
@@ -1148,7 +1166,10 @@ def by_epoch(paths):
 
 def progress(text, last=False):
     """A line rewritten in place on a terminal; elsewhere a plain line every 15 seconds."""
-    if sys.stdout and sys.stdout.isatty():
+    terminal = False
+    with contextlib.suppress(AttributeError, ValueError):  # a notebook's, or a closed one
+        terminal = sys.stdout.isatty()
+    if terminal:
         width = shutil.get_terminal_size().columns - 1
         say(f"\r\x1b[K{text[:width]}", end="\n" if last else "")
     elif last or time.monotonic() > progress.shown + 15:
@@ -1275,7 +1296,6 @@ class Run:
         self.marked = self.saved = time.monotonic()
         self.started = self.marked - self.seconds
         if RANK == 0:
-            (self.folder / "samples").mkdir(exist_ok=True)
             lines = [f"{name} = {json.dumps(value)}\n" for name, value in self.args.typed.items()]
             ini = f"[{self.script}]\n{''.join(lines)}"  # JSON's quotes let any path survive
             write_file(self.folder / "config.ini", ini.encode())
@@ -1284,10 +1304,10 @@ class Run:
 
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
             if self.step == 0:
-                shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
-                save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
                 self.write(grid=True, keep=False, save=True)
                 self.read_back()
+                shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
+                save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
         fits = self.images.nbytes < free / 4
         return torch.from_numpy(np.array(self.images)).to(self.device) if fits else self.images
@@ -1416,6 +1436,7 @@ class Run:
         if keep:
             save_file(snapshot, self.folder / f"generator_{self.epoch:04d}.pt")
         with self.harmless("samples"):
+            (self.folder / "samples").mkdir(exist_ok=True)  # moved away, perhaps
             for name in ["latest"] + [f"epoch_{self.epoch:04d}"] * grid:
                 save_grid(images, self.folder / f"samples/{name}.png")
         if grid and self.writer:
@@ -1501,8 +1522,9 @@ class Run:
         for i in sorted({*np.linspace(0, len(grids) - 1, 60).astype(int)}) if grids else ():
             with self.harmless(grids[i]):  # one that was cut short
                 frames.append(Image.open(grids[i]).convert("RGB"))
-        with self.harmless("training.gif"):
-            save_gif(frames, self.folder / "training.gif")
+        if frames:
+            with self.harmless("training.gif"):
+                save_gif(frames, self.folder / "training.gif")
         with self.harmless("losses.png"):
             rows = np.loadtxt(self.folder / "metrics.csv", delimiter=",", skiprows=1, ndmin=2)
             of = dict(zip(self.columns, rows.T.tolist(), strict=True))
@@ -1511,7 +1533,8 @@ class Run:
                 if name not in COLUMNS and min(values) < max(values):
                     panels.setdefault(name.partition("_")[0], {})[name] = values
             panels = [(title, of["kimg"], curves) for title, curves in panels.items()]
-            save_curves(panels, self.folder / "losses.png", "thousand images seen")
+            if panels:
+                save_curves(panels, self.folder / "losses.png", "thousand images seen")
 
 
 def lock_folder(folder):

@@ -11,6 +11,7 @@ beside it. Single images go into the folder --save_path, everything else beside 
 
 import importlib.util
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -138,13 +139,13 @@ def pairs(images, others, distances):
 def claim(folder, run):
     """Make the folder for images of this run; UserError if it holds other images."""
     owner, own = folder / ".run", re.compile(r"seed\d+_\d+\.png")
-    whose = owner.read_text("utf-8", errors="replace") if owner.exists() else ""
+    whose = os.fsdecode(owner.read_bytes()) if owner.exists() else ""
     if whose not in ("", str(run)):
         raise common.UserError(f"{folder} holds images of {whose}: pass another --save_path")
     if not whose and folder.exists() and not all(own.fullmatch(p.name) for p in folder.iterdir()):
         raise common.UserError(f"{folder} holds other files: pass another --save_path")
     folder.mkdir(parents=True, exist_ok=True)
-    common.write_file(owner, str(run).encode("utf-8", "replace"))
+    common.write_file(owner, os.fsencode(run))
 
 
 def save_singles(G, z, folder, args):

@@ -26,9 +26,14 @@ import common
 
 def get_args(argv, **flags):
     parser = common.run_parser(__file__, __doc__, epochs=200, batch_size=50)
-    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
+    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0, 1e38)
     add = parser.add_argument
-    add("--margin", type=rate, default=0.1, help="how far the losses may lie apart; inf: any")
+    add(
+        "--margin",
+        type=common.bounded(float, 0),
+        default=0.1,
+        help="how far the losses may lie apart; inf: any",
+    )
     add("--max_extra", type=common.bounded(int, 0), default=10, help="extra updates in a step")
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
     add("--width", type=number, default=32, help="channels next to the image; 128: as published")

@@ -30,7 +30,7 @@ def get_args(argv, **flags):
     # batch, decay and rates won in docs/experiments.md; the paper's are 128, no average and 2e-4.
     # What is None here is settled below, by data and size.
     parser = common.run_parser(__file__, __doc__, epochs=50, batch_size=32, ema=0.99)
-    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
+    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0, 1e38)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
     add("--width", type=number, help="channels next to the image, doubling inwards up to 8 times")

@@ -35,7 +35,7 @@ def sizes(text):
 
 def get_args(argv, **flags):
     parser = common.run_parser(__file__, __doc__, epochs=100, batch_size=128)
-    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0)
+    number, rate = common.bounded(int, 1, 65536), common.bounded(float, 0, 1e38)
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
     add("--hidden_g", type=sizes, help="widths of G's layers: 128,256,512,1024 (CIFAR-10: ,2048)")
