@@ -2,7 +2,8 @@
 
 Here is held what README, "Your own variant", and docs/adapt.md promise to such a copy. Each is
 killed in mid-run with SIGKILL, resumed, and repeated with --config: both ends must have the same
-bits. The class-conditional copy is made from the patch in docs/adapt.md.
+bits. The class-conditional copy is made from the patch in docs/adapt.md. On a GPU, or the stand-in
+for one, copies are trained with the graph and without.
 """
 
 import csv
@@ -10,6 +11,7 @@ import difflib
 import functools
 import importlib.util
 import math
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_first
 import numpy as np
 import pytest
 import torch
@@ -35,9 +38,16 @@ END = "        run.end_step(stats)\n"  # the last line of the loop
 STEPS, KILL = 9, 5  # of 24 images; the kill comes after the first epoch and within the second
 FEW = """
 import functools, os, signal, sys
+import torch
 import common
 common.draw_glyphs = functools.partial(common.draw_glyphs, n=24, seed=11)
-common.SAVE_AFTER = common.REST = -1  # a checkpoint after every step
+common.MINUTE = -1  # a checkpoint after every step, as each has a row
+setup = common.setup
+def alike(args):
+    device = setup(args)
+    torch.backends.cudnn.benchmark = False  # else processes may choose other kernels
+    return device
+common.setup = alike
 """
 KILLED = f"""{FEW}
 end_step = common.Run.end_step
@@ -56,6 +66,9 @@ def workplace(imgs, monkeypatch):
         shutil.copy(ROOT / name, name)
     monkeypatch.setattr(generate, "__file__", str(Path("generate.py").resolve()))
     monkeypatch.setattr(common, "draw_glyphs", functools.partial(common.draw_glyphs, n=24, seed=11))
+    setup, cudnn = common.setup, torch.backends.cudnn
+    alike = lambda args: (setup(args), setattr(cudnn, "benchmark", False))[0]
+    monkeypatch.setattr(common, "setup", alike)  # as in the processes started here
 
 
 def adapt(changes, most, name="train_mine"):
@@ -75,14 +88,20 @@ def adapt(changes, most, name="train_mine"):
 
 
 def python(*words, code=0):
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    """In a process of its own; a script on the stand-in for a GPU, where there is one here."""
+    environment = os.environ.copy()
+    if gpu_first.STANDIN and words[0].endswith(".py"):
+        environment["PYTHONPATH"] = str(Path(gpu_first.STANDIN.__file__).parent)
+        words = "-m", "standin_gpu", *words
+    command = [sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
 def train_until_killed(name, *flags):
-    script = f"{KILLED}\nimport {name}\n{name}.train(*sys.argv[1:])"
-    python("-c", script, *SMALL, *flags, code=-signal.SIGKILL)
+    Path("killed.py").write_text(f"{KILLED}\nimport {name}\n{name}.train(*sys.argv[1:])")
+    python("killed.py", *SMALL, *flags, code=-signal.SIGKILL)
 
 
 def run_main(module, *argv):
@@ -213,8 +232,8 @@ PENALTY = {
 
 
 def train_step(''',
-    "penalty = gamma / 2 * r1_penalty(D, seen) if gamma else 0.0\n":
-    "penalty = 10 * slope_penalty(D, seen, fake)\n",
+    "        objective = loss_d\n":
+    "        objective = loss_d + 10 * slope_penalty(D, seen, fake)\n",
     'norm="none" if args.r1 else args.norm, alpha=args.alpha)': 'norm="none", alpha=args.alpha)',
 }  # fmt: skip
 
@@ -265,16 +284,28 @@ def more(n):
     return {LAST: LAST + "".join(lines)}
 
 
+THEIRS = ["loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "p"]
+
+
 def test_five_more_statistics_become_columns_and_curves():
     run = take_through(adapt(more(5), most=5))
     row = read(run / "metrics.csv")[-1]
-    assert [*row] == [*common.COLUMNS, "p", *(f"own_{i}" for i in range(5))]
+    assert [*row] == [*common.COLUMNS, *THEIRS, *(f"own_{i}" for i in range(5))]
     means = [float(row[f"own_{i}"]) - i for i in range(5)]
     assert means == pytest.approx(5 * means[:1], abs=1e-5)
-    assert panels(run) == 2 + 6  # losses, D's answers, then one for each of the script's own
+    assert panels(run) == 2 + 1  # losses, D's answers, the script's own; p is 0 throughout
 
 
-@pytest.mark.parametrize("first, then, curves", [({}, more(1), 2 + 2), (more(1), {LAST: ""}, 2)])
+def test_statistics_may_all_be_others():
+    """None of the plain script's is left: no name is asked for."""
+    source = (ROOT / "train_dcgan.py").read_text()
+    old = source[source.index('        "loss_d": loss_d.detach()') : source.index(LAST)] + LAST
+    mine = adapt({old: '        "critic": loss_d.detach(),\n'}, most=7)
+    run = take_through(mine)
+    assert [*read(run / "metrics.csv")[0]] == [*common.COLUMNS, "critic"] and panels(run) == 1
+
+
+@pytest.mark.parametrize("first, then, curves", [({}, more(1), 2 + 1), (more(1), {LAST: ""}, 2)])
 def test_statistics_may_come_and_go_before_resume(first, then, curves):
     adapt(first, most=1)
     train_until_killed("train_mine", "--path=imgs")
@@ -320,21 +351,30 @@ def test_no_row_is_lost_when_a_new_statistic_is_taken_back():
 
 NUMPY = {"import itertools\n": "import itertools\nimport numpy as np\n"}
 ALPHA = '"alpha": args.alpha_g}\n'
-CULPRITS = {
-    "generator_args['width']": {ALPHA: ALPHA.replace("}", '} | {"width": np.int64(args.width)}')},
-    "z['dim']": {'"distribution": "normal"}': '"distribution": "normal"} | {"dim": np.int64(8)}'},
+NUMBER, SLOT = "Unsupported global: GLOBAL numpy", '"opt_g": opt_g, "augment": augment}\n'
+CULPRITS = {  # torch tells the kind of what it refuses
+    "generator_args": ({ALPHA: ALPHA.replace("}", '} | {"width": np.int64(args.width)}')}, NUMBER),
+    "latent": (
+        {'"distribution": "normal"}': '"distribution": "normal"} | {"dim": np.int64(8)}'},
+        NUMBER,
+    ),
+    "state": (
+        {SLOT: SLOT + "    augment.state_dict = lambda: {'p': itertools.count()}\n"},
+        "Unsupported global: GLOBAL itertools.count",
+    ),
 }
 
 
 @pytest.mark.parametrize("culprit", CULPRITS)
 def test_what_cannot_be_saved_is_refused_before_the_first_step(culprit, monkeypatch, capsys):
-    mine = adapt(NUMPY | CULPRITS[culprit], most=2)
-    monkeypatch.setattr(mine, "train_step", None)
+    change, told = CULPRITS[culprit]
+    mine = adapt(NUMPY | change, most=2)
+    monkeypatch.setattr(mine, "train_step", lambda *_: pytest.fail("a step"))
     with pytest.raises(SystemExit) as exit:
         run_main(mine, *SMALL, "--path=imgs")
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("error: cannot save runs/mine-imgs/checkpoint")
-    assert f"{culprit} is of type int64" in error and error.count("\n") == 1
+    assert culprit in error and told in error and error.count("\n") == 1
     assert not Path("runs/mine-imgs/checkpoint.pt").exists()
 
 
@@ -371,6 +411,7 @@ def test_spectral_norm_in_the_average_is_that_of_G(norm):
 
 Z = "    for real in run.batches():\n"
 PICTURE = """        if {step} % run.steps_per_epoch == 0:
+            common.refresh_batchnorm(G_ema, latent, args.seed)
             images = common.to_uint8(G_ema(z))
             common.save_grid(images, run.folder / f"samples/mine_{{{epoch}:04d}}.png")
 """
@@ -381,9 +422,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_G_ema_is_ready_wherever_it_is_used(place):
+def test_G_ema_draws_the_runs_own_grid_wherever_it_is_refreshed(place):
     draw_z = "    z = common.latents(latent, args.seed, range(64)).to(device)\n"
-    mine = adapt({Z: draw_z + Z, END: PLACES[place]}, most=4)
+    mine = adapt({Z: draw_z + Z, END: PLACES[place]}, most=5)
     if place == "after end_step":
         run = take_through(mine)
     else:  # one step an epoch: the samples of the epoch before have just used G_ema
@@ -435,7 +476,8 @@ def test_classes_from_training_to_fid(monkeypatch, capsys):
     mine = conditional()
     run = take_through(mine, "--dataset=glyphs")
     saved = common.load_file(run / "checkpoint.pt")
-    assert saved["z"] == {"dim": 8, "distribution": "normal", "classes": CLASSES}
+    latent = {"dim": 8, "distribution": "normal", "classes": CLASSES}
+    assert saved["z"] == latent | {"names": [str(number) for number in range(CLASSES)]}
     G, z = generate.load_generator(run)
     noise = common.latents({"dim": 8, "distribution": "normal"}, 0, range(64))
     of = lambda label: torch.eye(CLASSES)[torch.as_tensor(label).expand(64)]
@@ -448,7 +490,7 @@ def test_classes_from_training_to_fid(monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(fid, "frechet_distance", lambda *stats: measured.append(stats[2]) or 7.0)
     output = {}
-    for _, script, *flags in COMMANDS[2:]:
+    for _, script, *flags in COMMANDS[2:-2]:
         if script == "train_conditional.py":
             flags += ["--epochs=2"] if "--resume" in flags else [*SMALL, "--epochs=1"]
         elif script == "fid.py":
@@ -468,7 +510,46 @@ def test_classes_from_training_to_fid(monkeypatch, capsys):
     assert (np.stack(singles) == wanted(3)[:16]).all() and (wanted(3) != wanted(4)).any()
     with pytest.raises(SystemExit):
         run_main(generate, "--load_path", run, "--label=12")
-    assert f"--label 12: {run} knows 12 classes" in capsys.readouterr().err
+    assert "--label 12: the classes of these images are 0 0, 1 1," in capsys.readouterr().err
+
+
+def write_animals():
+    """animals/cats, dogs and owls, 8 plain images each; returns {name: their grey levels}."""
+    levels = {"cats": range(0, 80, 10), "dogs": range(80, 160, 10), "owls": range(160, 240, 10)}
+    for name, its in levels.items():
+        Path("animals", name).mkdir(parents=True)
+        for level in its:
+            Image.new("L", (16, 16), level).save(f"animals/{name}/{level}.png")
+    return levels
+
+
+@pytest.mark.parametrize("chosen", [[], ["owls", "cats"], ["1"]])
+def test_subfolders_are_classes_and_their_names_travel(chosen, capsys):
+    levels, mine, seen = write_animals(), conditional(), []
+    step = mine.train_step
+    mine.train_step = lambda *given: (seen.append(given[5:7]), step(*given))[1]
+    train, draw = (words[2:] for words in COMMANDS[-2:])
+    label = ["--label", *chosen] if chosen else []
+    run_main(mine, *train, *SMALL, "--no-graph", "--k=2", "--batch_size=4", *label)
+    (run,) = Path("runs").iterdir()
+    names = {0: [*levels], 1: ["dogs"], 2: ["cats", "owls"]}[len(chosen)]
+    G, z = generate.load_generator(run)
+    assert (z["names"], z["classes"]) == (names, len(names))
+    for real, y in seen:
+        shades = ((real[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+        assert all(shade in levels[names[k]] for shade, k in zip(shades, y.argmax(1)))
+    capsys.readouterr()
+    assert draw == ["--label", "cats"]
+    if "cats" not in names:
+        with pytest.raises(SystemExit):
+            run_main(generate, *draw)
+        assert "--label cats: the classes of these images are 0 dogs" in capsys.readouterr().err
+        draw = ["--label", "dogs"]
+    run_main(generate, *draw)
+    of_it = generate.sample(G, z, range(16), label=0)
+    for number, image in enumerate(of_it):
+        single = np.asarray(Image.open(f"generated/{run.name}/seed0_{number:06d}.png"))
+        assert (single.reshape(image.shape) == image).all()
 
 
 @pytest.mark.parametrize("label", [None, 3])
@@ -488,7 +569,7 @@ def test_interpolations_go_from_class_to_class_or_stay(label):
 def test_only_images_with_classes(capsys):
     with pytest.raises(SystemExit):
         run_main(conditional(), *SMALL, "--path=imgs")
-    assert "images without classes: pass --dataset" in capsys.readouterr().err
+    assert "images without classes: a subfolder for each, or --dataset" in capsys.readouterr().err
 
 
 def assert_classes_fit(seen, kinds):
@@ -511,7 +592,7 @@ def test_each_image_comes_with_its_class(kinds):
         return step(*arguments)
 
     mine.train_step = noting
-    flags = [*SMALL, "--dataset=glyphs", "--epochs=2", "--k=2", "--batch_size=2"]
+    flags = [*SMALL, "--dataset=glyphs", "--epochs=2", "--k=2", "--batch_size=2", "--no-graph"]
     flags += ["--label", *map(str, kinds)] if len(kinds) < CLASSES else []
     run = mine.train(*flags)
     assert generate.load_generator(run)[1]["classes"] == len(kinds)
@@ -521,11 +602,11 @@ def test_each_image_comes_with_its_class(kinds):
 
 
 WORKER = f"""{FEW}
-import torch
 import train_conditional
-step = train_conditional.train_step
+step, calls = train_conditional.train_step, []
 def noting(*arguments):
-    torch.save(arguments[5:7], f"seen-{{arguments[7]}}-{{common.RANK}}.pt")
+    torch.save(arguments[5:7], f"seen-{{len(calls)}}-{{common.RANK}}.pt")
+    calls.append(1)
     return step(*arguments)
 train_conditional.train_step = noting
 with common.exit_codes():
