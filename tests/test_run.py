@@ -19,6 +19,7 @@ import common
 import generate
 import train_dcgan
 
+STATS = ["loss_d", "loss_g", "d_real", "d_fake", "d_fake_after", "p"]  # of train_dcgan.py
 SMALL = {"path": "imgs", "image_size": 16, "width": 4, "z_dim": 8, "batch_size": 8, "epochs": 6}
 
 
@@ -27,6 +28,7 @@ def assert_same_run(a, b):
     first, second = (torch.load(Path(run, "checkpoint.pt"), weights_only=True) for run in (a, b))
     for content in (first, second):
         content["config"].pop("epochs"), content["typed"].pop("epochs")
+        content["config"].pop("channels")  # "auto", or what that was, of a resumed run
         content.pop("seconds")
     assert_equal(first, second)
     pictures = sorted(path.relative_to(a) for path in Path(a).glob("samples/*.png"))
@@ -77,7 +79,7 @@ def test_a_run_writes_all_its_files(imgs):
     assert Image.open(folder / "training.gif").n_frames == 4
     assert Image.open(folder / "samples/real.png").size == (5 * 18 + 2, 5 * 18 + 2)  # all 24
     rows = read(folder)
-    assert list(rows[0]) == [*common.COLUMNS, "p"]
+    assert list(rows[0]) == [*common.COLUMNS, *STATS]
     assert [int(row["step"]) for row in rows] == list(range(1, 19))  # 24 images / 8, 6 epochs
     assert [int(row["epoch"]) for row in rows] == [1 + i // 3 for i in range(18)]
     assert float(rows[-1]["kimg"]) == 18 * 8 / 1000
@@ -94,23 +96,44 @@ def test_by_itself_a_run_keeps_about_100_grids_and_10_snapshots(imgs, monkeypatc
     assert [path.stem[-2:] for path in sorted(run.glob("*_*.pt"))] == ["05", "10"]
 
 
-def test_from_the_first_minute_on_there_is_a_latest_grid(imgs, monkeypatch):
-    monkeypatch.setattr(common, "LATEST", 0)
-    seen, step = [], train_dcgan.train_step
-    latest = Path("runs/dcgan-imgs/samples/latest.png")
+def test_after_a_minute_a_row_brings_the_latest_grid_and_a_checkpoint(imgs, monkeypatch):
+    monkeypatch.setattr(common, "MINUTE", -1)
+    seen, saved, step = [], [], train_dcgan.train_step
+    run = Path("runs/dcgan-imgs")
+    latest = run / "samples/latest.png"
 
     def looked_at(*arguments):
         seen.append(latest.read_bytes())
+        saved.append(common.load_file(run / "checkpoint.pt")["step"])
         return step(*arguments)
 
     monkeypatch.setattr(train_dcgan, "train_step", looked_at)
-    run = train_dcgan.train(**SMALL, sample_every=6)
+    train_dcgan.train(**SMALL, sample_every=6, checkpoint=6)
     assert len({*seen, latest.read_bytes()}) == 19  # before each of 18 steps, and at the end
+    assert saved == [*range(18)]
     assert len(list(run.glob("samples/epoch_*.png"))) == 2
+    monkeypatch.setattr(common, "MINUTE", 60)
+    seen.clear(), saved.clear()
+    train_dcgan.train(resume=run, epochs=8)
+    assert saved == [18] * 6 and len({*seen}) == 1  # not yet
+
+
+@pytest.mark.parametrize("steps, expected", [(3, [1, 2, 3]), (100, range(5, 101, 5))])
+def test_rows_come_at_fixed_steps(steps, expected, monkeypatch):
+    """Not by the clock: else kills would move them."""
+    write_images(Path("many"), 2 * steps)
+    stats = dict.fromkeys(STATS, torch.tensor(0.5))
+    monkeypatch.setattr(train_dcgan, "train_step", lambda *_: stats)
+    run = train_dcgan.train(**SMALL | {"path": "many", "batch_size": 2, "epochs": 2})
+    expected = [*expected, *(steps + step for step in expected)]
+    assert [int(row["step"]) for row in read(run)] == expected
+    monkeypatch.setattr(common, "ROW_STEPS", 2)
+    short = train_dcgan.train(**SMALL | {"path": "many", "batch_size": 2, "epochs": 1})
+    assert [int(row["step"]) for row in read(short)][:2] == ([1, 2] if steps == 3 else [2, 4])
 
 
 def test_resume_equals_a_run_that_was_never_interrupted(imgs, capsys):
-    settings = SMALL | {"augment": "translation,colour", "k": 1, "lr_decay": 0.9, "flip": True}
+    settings = SMALL | {"lr_decay": 0.9, "flip": True}
     whole = train_dcgan.train(**settings, out="whole")
     parts = train_dcgan.train(**settings | {"epochs": 3}, out="parts")
     train_dcgan.train(resume=parts, epochs=6)
@@ -120,8 +143,8 @@ def test_resume_equals_a_run_that_was_never_interrupted(imgs, capsys):
 
 def test_augmentation_by_need_is_a_curve_and_survives_a_resume(imgs, monkeypatch):
     """Its state is a part of the run: with p at 0 again, other bits would follow."""
-    monkeypatch.setattr(common, "PACE", 100)  # images for p to go from 0 to 1
-    monkeypatch.setattr(common, "TARGET", 0.1)
+    monkeypatch.setattr(train_dcgan, "PACE", 100)  # images for p to go from 0 to 1
+    monkeypatch.setattr(train_dcgan, "TARGET", 0.1)
     settings = SMALL | {"lrd": 0.01, "lrg": 0.0, "epochs": 8}
     whole = train_dcgan.train(**settings, out="whole")
     parts = train_dcgan.train(**settings | {"epochs": 5}, out="parts")
@@ -130,7 +153,7 @@ def test_augmentation_by_need_is_a_curve_and_survives_a_resume(imgs, monkeypatch
     train_dcgan.train(resume=parts, epochs=8)
     assert_same_run(whole, parts)
     ps = [float(row["p"]) for row in read(whole)]
-    assert ps[0] == 0 and max(ps) > 0.3 and max(ps) <= common.MOST + 1e-6
+    assert ps[0] == 0 and max(ps) > 0.3 and max(ps) <= train_dcgan.MOST + 1e-6
     assert max(abs(b - a) for a, b in zip(ps, ps[1:])) <= 8 / 100 + 1e-6
     panels = []
     monkeypatch.setattr(common, "save_curves", lambda drawn, *_: panels.extend(drawn))
@@ -195,16 +218,15 @@ def test_the_newest_run_is_of_this_script_whatever_its_folder_is_called(imgs):
 
 def test_the_gif_has_the_grids_in_order_and_at_most_60(imgs, monkeypatch):
     run = train_dcgan.train(**SMALL | {"epochs": 1}, out="run")
-    for epoch in range(9_990, 10_200):
-        shutil.copy(run / "samples/epoch_0001.png", run / f"samples/epoch_{epoch:04d}.png")
+    for epoch in range(9_990, 10_200):  # its number is its colour
+        colour = epoch // 256, epoch % 256, 0
+        Image.new("RGB", (8, 8), colour).save(run / f"samples/epoch_{epoch:04d}.png")
     shown = []
-    monkeypatch.setattr(
-        common, "save_gif", lambda frames, _: shown.extend(f.filename for f in frames)
-    )
+    monkeypatch.setattr(common, "save_gif", lambda frames, _: shown.extend(frames))
     train_dcgan.train(resume=run, epochs=2)
-    numbers = [int(Path(name).stem.removeprefix("epoch_")) for name in shown]
-    assert len(numbers) == 60 and numbers == sorted(numbers)
-    assert numbers[0] == 0 and numbers[-1] == 10_199
+    numbers = [256 * f.getpixel((0, 0))[0] + f.getpixel((0, 0))[1] for f in shown if f.width == 8]
+    assert len(shown) == 60 and shown[0].width > 8 and len(numbers) > 50
+    assert numbers == sorted(numbers) and numbers[-1] == 10_199
 
 
 def test_an_animation_stays_below_its_limit():
@@ -224,7 +246,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(imgs):
     whole = train_dcgan.train(**SMALL, out="whole")
     killed = train_dcgan.train(**SMALL | {"epochs": 3}, out="killed")
     with (killed / "metrics.csv").open("a") as file:
-        file.write("10,4,0.08,1,1,1,1,1,1,1\n11,4,0.0")
+        file.write(f"10,4,0.08{',1' * 8}\n11,4,0.0")
     (killed / ".checkpoint.pt.77-8.part").write_text("half")
     train_dcgan.train(resume=killed, epochs=6)
     assert_same_run(whole, killed)
@@ -271,7 +293,9 @@ def test_sizes_and_channels_train(image_size, mode):
 def run_of(images, *flags):
     """A Run of these images without networks."""
     args = train_dcgan.get_args(["--dataset=glyphs", *flags])
-    return common.Run(args, "train_x.py", images, torch.device("cpu"), {}, {}, G_ema=nn.Identity())
+    latent = {"dim": 1, "distribution": "normal"}
+    rest = torch.device("cpu"), {}, latent
+    return common.Run(args, "train_x.py", images, *rest, G_ema=nn.Identity())
 
 
 @pytest.mark.parametrize("tensor", [False, True])  # on the device, or from the memory map
@@ -364,7 +388,7 @@ def test_python_use_as_the_readme_shows_it(imgs):
     assert images.shape == (10, 16, 16, 3) and images.dtype == np.uint8
     common.save_grid(images, "grid.png")
     assert Image.open("grid.png").size == (4 * 18 + 2, 3 * 18 + 2)
-    assert "parameters" in common.summary(G, torch.zeros(1, z["dim"]))
+    assert "parameters" in common.summary(G)
 
 
 def run_main(monkeypatch, *argv):
@@ -374,7 +398,7 @@ def run_main(monkeypatch, *argv):
 
 BAD = {
     "--path=nowhere": "nowhere does not exist",
-    "--path=empty": "no images in empty (looked for .jpg",
+    "--path=empty": "no images in empty (looked for whatever Pillow reads, .jpg",
     "--path=imgs --image_size=48": "--image_size 48 is not 16, 32, 64, 128 or 256",
     "--path=imgs --out=run": "run holds a run: --resume run goes on, or pass another --out",
     "--resume=empty": "no such file: empty/checkpoint.pt",
@@ -382,23 +406,25 @@ BAD = {
     "--resume=run --width=8": "--width is 4 in run and cannot change on --resume",
     "--resume=run --out=other": "omit --out and --config",
     "--config=unknown.ini": "--config unknown.ini: unknown setting 'epoch' (known: ",
-    "--config=wrong.ini": "--config wrong.ini: argument --epochs: 'many' is no int of 1 or more",
+    "--config=wrong.ini": "--config wrong.ini: argument --epochs: 'many' is no int from 1 to 1000000000",
     "--config=broken.ini": "--config broken.ini: Source contains parsing errors",
     "--config=switch.ini": "--config switch.ini: argument --flip/--no-flip: write true or false",
     "--path=imgs --out=imgs": "--out imgs lies in --path: its pictures would be trained on",
     "--path=imgs --out=imgs/run": "--out imgs/run lies in --path",
-    "--path=imgs --label=7": "--label needs --dataset mnist or cifar10",
+    "--path=imgs --label=7": "--label 7: the classes of these images are none",
+    "--path=kinds --label a c": "--label c: the classes of these images are 0 a, 1 b",
+    "--path=kinds --label=2": "--label 2: the classes of these images are 0 a, 1 b",
     "--config=missing.ini": "--config missing.ini: [Errno 2] No such file",
-    "--device=cuda:77": "--device cuda:77 is not available here: try cpu",
-    "--device=meta": "--device meta is not available here",
+    "--device=cuda:77": "--device cuda:77: ",
+    "--device=meta": "; try cpu, or fewer processes",
     "--width=70000": "'70000' is no int from 1 to 65536",
     "--path=imgs --out=single/a.png": "File exists: 'single/a.png'",
-    "--device=toaster": "--device toaster is not available here",
-    "--epochs=0": "argument --epochs: '0' is no int of 1 or more",
+    "--device=toaster": "--device toaster: Expected one of cpu, cuda",
+    "--epochs=0": "argument --epochs: '0' is no int from 1 to 1000000000",
     "--one_sided=2": "argument --one_sided: '2' is no float from 0 to 1",
     "--lrd=nan": "argument --lrd: 'nan' is no float",
     "--r1=1 --compile": "--compile has no second derivatives for --r1: omit it, or --r1 0",
-    "--augment=blur": "argument --augment: 'blur' is not need, none or some of translation",
+    "--augment=blur": "argument --augment: invalid choice: 'blur' (choose from 'need', 'none')",
     "--epoch=3": "unrecognized arguments: --epoch=3",
     "--path=imgs --dataset=glyphs": "omit one of them",
     "--path=single": "1 images are too few: a step needs 2",
@@ -410,6 +436,9 @@ def test_bad_input_is_one_line_and_exit_code_2(imgs, monkeypatch, capsys):
     Path("empty").mkdir()
     Path("single").mkdir()
     Image.new("RGB", (16, 16)).save("single/a.png")
+    for kind in ("a", "b"):
+        Path("kinds", kind).mkdir(parents=True)
+        shutil.copy("single/a.png", f"kinds/{kind}/1.png")
     Path("unknown.ini").write_text("[x]\nepoch = 3\n")
     Path("wrong.ini").write_text("[x]\nepochs = many\n")
     Path("broken.ini").write_text("[x]\nepochs\n")
@@ -433,12 +462,12 @@ def test_damaged_checkpoints_are_refused(imgs, monkeypatch, capsys):
     capsys.readouterr()
     for change in (
         {"script": "train_other"},
-        {"n_images": "many"},
         {"step": None},
         {"D": {}},
         {"opt_d": {}},
         {"augment": {}},
-        {"opt_d": with_moments(content["opt_d"], lambda m: torch.zeros(1).expand(m.shape))},
+        {"origin": [0]},
+        {"pace": None},
         {"opt_g": with_moments(content["opt_g"], lambda m: torch.zeros(3, *m.shape)[0, None])},
         {"opt_g": with_moments(content["opt_g"], lambda m: torch.zeros(7))},
     ):
@@ -463,15 +492,14 @@ def with_moments(state, change):
     return state | {"state": changed}
 
 
-def test_moments_of_one_number_shown_many_times_end_in_a_line(imgs):
-    """Loaded as they are, the next fused step is a segmentation fault: so in its own process."""
+def test_moments_of_one_number_shown_many_times_do_no_harm(imgs):
+    """Used as they are, the next fused step is a segmentation fault: so in its own process."""
     run = train_dcgan.train(**SMALL | {"epochs": 1}, out="run")
     content = torch.load(run / "checkpoint.pt", weights_only=True)
     once = with_moments(content["opt_d"], lambda moment: torch.zeros(1).expand(moment.shape))
     torch.save(content | {"opt_d": once}, run / "checkpoint.pt")
-    resume = [sys.executable, str(ROOT / "train_dcgan.py"), "--resume=run", "--epochs=2"]
-    error = command(*resume, code=2).stderr
-    assert error.startswith("error: ") and error.count("\n") == 1
+    command(sys.executable, str(ROOT / "train_dcgan.py"), "--resume=run", "--epochs=2")
+    assert [int(row["step"]) for row in read(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_moments_in_another_layout_resume_to_the_same_bits(imgs):
@@ -513,22 +541,6 @@ def test_a_run_goes_on_in_the_same_process_after_an_error_in_a_copy(imgs, monkey
     monkeypatch.setattr(train_dcgan, "train_step", step)
     assert train_dcgan.train(resume="runs/dcgan-imgs") == Path("runs/dcgan-imgs") and kept
     assert len(read("runs/dcgan-imgs")) == 18
-
-
-def test_resume_notices_other_images(imgs, monkeypatch, capsys):
-    run = train_dcgan.train(**SMALL | {"epochs": 1}, out="run")
-    (imgs / "001.png").rename(imgs / "other.png")
-    with pytest.raises(SystemExit) as exit:
-        run_main(monkeypatch, "--resume=run", "--epochs=2")
-    assert exit.value.code == 2
-    assert "knows 24 images of other names or sizes" in capsys.readouterr().err
-    shutil.copy(imgs / "other.png", imgs / "001.png")
-    train_dcgan.train(resume=run, epochs=2)
-    assert "25 images, 24 until now: epochs go by the new number" in capsys.readouterr().out
-    assert [int(row["step"]) for row in read(run)] == [1, 2, 3, 4, 5, 6]
-    elsewhere = Path("moved")
-    imgs.rename(elsewhere)
-    assert train_dcgan.train(resume=run, path=str(elsewhere), epochs=3) == run  # the same images
 
 
 def test_a_finished_run_says_so_and_changes_nothing(imgs, monkeypatch, capsys):
@@ -574,15 +586,15 @@ def test_statistics_of_a_copy_that_changed_get_a_file_of_their_own(imgs, monkeyp
     step = train_dcgan.train_step
 
     def more(*arguments):
-        return step(*arguments) | {f"own_{i}": arguments[5].new_full((), i) for i in range(6)}
+        return step(*arguments) | {f"own_{i}": i * arguments[5].mean() for i in range(6)}
 
     monkeypatch.setattr(train_dcgan, "train_step", more)
     train_dcgan.train(resume=run, epochs=2)
     old = (run / "metrics_to_3.csv").read_text().splitlines()
     new = (run / "metrics.csv").read_text().splitlines()
     assert len(old) == len(new) == 4
-    assert old[0] == ",".join([*common.COLUMNS, "p"])
-    assert new[0] == ",".join([*common.COLUMNS, "p", *(f"own_{i}" for i in range(6))])
+    assert old[0] == ",".join([*common.COLUMNS, *STATS])
+    assert new[0] == ",".join([*common.COLUMNS, *STATS, *(f"own_{i}" for i in range(6))])
     assert {line.count(",") for line in old} == {10} and {line.count(",") for line in new} == {16}
     assert Image.open(run / "losses.png").size[1] > 600
 
@@ -596,30 +608,23 @@ def test_a_critic_with_a_negative_loss_has_not_won(imgs, monkeypatch, capsys):
     assert "D has won" not in capsys.readouterr().out
 
 
-def test_what_cannot_be_saved_is_refused_at_once_by_its_name(imgs, monkeypatch):
-    generator = train_dcgan.Generator
-    save = common.Run.save
+def test_what_could_not_be_loaded_again_is_refused_at_once(imgs, monkeypatch):
+    write = common.Run.write
 
-    def with_numpy(run):
+    def with_numpy(run, **what):
         run.generator_args["width"] = np.int64(4)
-        save(run)
+        write(run, **what)
 
-    monkeypatch.setattr(common.Run, "save", with_numpy)
-    with pytest.raises(common.UserError, match=r"generator_args\['width'\] is of type int64"):
+    monkeypatch.setattr(common.Run, "write", with_numpy)
+    with pytest.raises(common.UserError, match=r"cannot save .*generator_args.*numpy") as error:
         train_dcgan.train(**SMALL)
-    assert not list(Path("runs").rglob("metrics.csv")) and generator
+    assert "\n" not in str(error.value)
+    assert not [*Path("runs").rglob("metrics.csv"), *Path("runs").rglob("*.pt")]
 
 
-FAILING = {
-    "D has won": {"lrg": 0.0, "lrd": 0.002},
-    "G has collapsed": {"lrg": 0.05, "lrd": 0.0, "norm": "none"},
-}
-
-
-@pytest.mark.parametrize("what", FAILING)
-def test_a_failing_run_is_told_once_and_where_help_is(what, imgs, monkeypatch, capsys):
+def test_a_failing_run_is_told_once_and_where_help_is(imgs, monkeypatch, capsys):
     monkeypatch.setattr(common, "PATIENCE", 20)
-    train_dcgan.train(**SMALL | {"epochs": 40} | FAILING[what])
+    train_dcgan.train(**SMALL | {"epochs": 40, "lrg": 0.0, "lrd": 0.002})
     out = capsys.readouterr().out
-    assert out.count(f"warning: {what}: ") == 1
-    assert 'See README, "When it does not work"' in out.split(f"warning: {what}: ")[1]
+    assert out.count("WARNING: D has won: ") == 1
+    assert 'See README, "When it does not work"' in out.split("WARNING: D has won: ")[1]
