@@ -101,57 +101,62 @@ def image_files(path):
 
     In a folder links are followed; what these scripts wrote, runs and samples, is left out.
     """
-    path, found = Path(path), {}
+    path = Path(path)
     if path.is_dir():
         root = os.path.join(path, "")
-        open_image = lambda name: open(root + name, "rb")  # noqa: SIM115
-        folders, seen = [] if is_run(path) else [root], {os.path.realpath(path)}
-        for folder in folders:  # grows on the way
-            try:
-                entries = [*os.scandir(folder)]
-            except OSError as error:
-                say(f"WARNING: left out, as it cannot be listed: {error}")
-                continue
-            ours = {e.name for e in entries if is_run(e) or Path(e, ".run").exists()}
-            grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
-            for entry in entries:
-                if entry.name.startswith((".", "__MACOSX")) or entry.name in ours:
-                    continue
-                if entry.is_dir():
-                    if (whole := os.path.realpath(entry)) not in seen:  # links may go in circles
-                        folders.append(entry.path)
-                        seen.add(whole)
-                elif not entry.name.startswith(grids):
-                    there = not entry.is_symlink() or os.path.exists(entry)
-                    facts = entry.stat(follow_symlinks=there)  # of a link to nowhere its own
-                    found[entry.path[len(root) :]] = facts.st_size, facts.st_mtime_ns
+        found, open_image = files_below(root), lambda name: open(root + name, "rb")  # noqa: SIM115
+    elif not path.exists():
+        raise UserError(f"{path} does not exist: pass a folder or .zip of images")
     else:
         try:
             archive = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
-            state = (
-                f"is neither a folder nor a .zip ({error})" if path.exists() else "does not exist"
-            )
-            raise UserError(f"{path} {state}: pass a folder or .zip of images") from None
-        for member in archive.infolist():
-            parts = [part for part in member.filename.split("/") if part != "."]
-            if not any(part.startswith((".", "__MACOSX")) for part in parts):
-                found[member.filename] = member.file_size, member.CRC
+            raise UserError(f"{path} is neither a folder nor a .zip ({error})") from None
         open_image = lambda name: io.BytesIO(archive.read(name))
+        hidden = re.compile(r"(^|/)(\.(?!/)|__MACOSX)")  # but ./a.png is a.png
+        members = [each for each in archive.infolist() if not hidden.search(each.filename)]
+        found = {each.filename: (each.file_size, each.CRC) for each in members}
     kinds = Image.registered_extensions().items()
     endings = tuple(end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PIXELS)
     names = sorted(name for name in found if name.lower().endswith(endings))
-    other = [name for name in found if name.lower().endswith(OTHER_ENDINGS)]
-    if left_out := len({*other}.difference(names)):
-        say(f"{left_out:,} images are left out: of {' '.join(OTHER_ENDINGS)} not all are read")
+    if other := [x for x in {*found}.difference(names) if x.lower().endswith(OTHER_ENDINGS)]:
+        say(f"{len(other):,} images are left out, such as {other[0]}: Pillow does not read them")
     if not names:
         searched = "whatever Pillow reads, .jpg .png .webp ..., also in subfolders that are no run"
         raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
     return {name: found[name] for name in names}, open_image
 
 
+def files_below(root):
+    """{name: (bytes, time)} of all files below a folder, but hidden ones and these scripts' own."""
+    found, folders, seen = {}, [] if is_run(root) else [root], {os.path.realpath(root)}
+    for folder in folders:  # grows on the way
+        try:
+            entries = [e for e in os.scandir(folder) if not e.name.startswith((".", "__MACOSX"))]
+        except OSError as error:
+            say(f"WARNING: left out, as it cannot be listed: {error}")
+            continue
+        below = {entry.name: entry.path for entry in entries if entry.is_dir()}
+        ours = [name for name, place in below.items() if is_run(place) or is_samples(place)]
+        for name in below.keys() - ours:
+            if (whole := os.path.realpath(below[name])) not in seen:  # links may go in circles
+                folders.append(below[name])
+                seen.add(whole)
+        grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
+        for entry in entries:
+            if entry.name not in below and not entry.name.startswith(grids):
+                there = not entry.is_symlink() or os.path.exists(entry)
+                facts = entry.stat(follow_symlinks=there)  # of a link to nowhere its own
+                found[entry.path[len(root) :]] = facts.st_size, facts.st_mtime_ns
+    return found
+
+
 def is_run(folder):
     return all(Path(folder, name).is_file() for name in ("checkpoint.pt", "config.ini"))
+
+
+def is_samples(folder):
+    return Path(folder, ".run").exists()
 
 
 def load_images(path, image_size, channels="auto", cache=".cache"):
@@ -163,25 +168,20 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     follows from the pixels. Undecodable files are listed; UserError if nothing is left.
     """
     files, open_image = image_files(path)
-    whole, wanted = Path(path).resolve(), (channels,) if channels != "auto" else ("3", "1")
+    whole = Path(path).resolve()
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-"
-    stem = Path(cache, f"{place}{short_hash((5, files))}")  # another 5 where decode changes
-    for number in wanted:
-        cached = Path(f"{stem}-{number}.npy")
-        found = read_cache(cached, files, open_image, image_size, channels)
-        if found:
-            break
-    else:
+    cached = Path(cache, f"{place}{short_hash((5, files))}.npy")  # another 5 where decode changes
+    images, notes = read_cache(cached, files, open_image, image_size)
+    if images is None:
         try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            cached = fill_cache(stem, [*files], open_image, image_size, channels)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            fill_cache(cached, [*files], open_image, image_size)
         except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        for stale in stem.parent.iterdir():  # made when the files were others
-            if stale.name.startswith(place) and not stale.name.startswith(stem.name):
+        for stale in cached.parent.iterdir():  # made when the files were others
+            if stale.name.startswith(place) and stale.stem != cached.stem:
                 stale.unlink(missing_ok=True)
-        found = read_cache(cached, files, None, image_size, channels)
-    images, notes = found
+        images, notes = read_cache(cached, files, None, image_size)
     failed, beside = notes["failed"], cached.with_suffix(".json")
     if not len(images):
         raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {beside}")
@@ -190,6 +190,8 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     if failed:
         line += f"; {len(failed):,} of {len(files):,} files cannot be decoded, see {beside}"
     say(f"{line}; in {cached}")
+    if channels not in ("auto", str(images.shape[3])):
+        images = resized(images, image_size, channels).view(np.memmap)  # may have attributes
     images.fingerprint = notes["fingerprint"]
     images.names = [name for name in files if name not in failed]
     return images
@@ -199,32 +201,29 @@ def short_hash(content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def read_cache(cached, files, open_image, image_size, channels):
-    """The array and notes of fill_cache; None where they do not fit, or a file that failed then
-    can be decoded now."""
-    try:
+def read_cache(cached, files, open_image, image_size):
+    """The array and notes of fill_cache; None, None where they do not fit, or a file that failed
+    then can be decoded now."""
+    with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):
         images = np.load(cached, mmap_mode="r")
         notes = json.loads(cached.with_suffix(".json").read_text())
-        n, failed = len(files) - len(notes["failed"]), [*notes["failed"]]
-        fits = images.shape[:3] == (n, image_size, image_size) and images.dtype == np.uint8
-        if not fits or images.shape[3] != (notes["auto"] if channels == "auto" else int(channels)):
-            return None
+        failed = [*notes["failed"]]
+        shape = len(files) - len(failed), image_size, image_size
         again = decoded(failed if open_image else [], open_image, image_size=image_size)
-        return None if any(error is None for _, error in again) else (images, notes)
-    except (OSError, ValueError, EOFError, LookupError, TypeError):  # not there, or not whole
-        return None
+        if images.shape[:3] == shape and images.dtype == np.uint8 and all(e for _, e in again):
+            return images, notes
+    return None, None  # not there, or not whole
 
 
-def fill_cache(stem, names, open_image, image_size, channels):
-    """Decode files into an .npy, with notes on them in a .json beside it; returns its path."""
+def fill_cache(cached, names, open_image, image_size):
+    """Decode files into the .npy `cached`, with notes on them in a .json beside it."""
     modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
-    auto = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
-    shape = image_size, image_size, auto if channels == "auto" else int(channels)
-    hashes, failed, cached = [], {}, Path(f"{stem}-{shape[2]}.npy")
+    channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
+    hashes, failed, shape = [], {}, (image_size, image_size, channels)
     header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
         np.lib.format.write_array_header_1_0(file, header())
-        images = decoded(names, open_image, image_size=image_size, channels=shape[2])
+        images = decoded(names, open_image, image_size=image_size, channels=channels)
         for name, (pixels, error) in zip(names, images):
             if error:
                 failed[name] = error
@@ -234,9 +233,7 @@ def fill_cache(stem, names, open_image, image_size, channels):
         file.seek(0)  # numpy leaves room in a header for any first axis
         np.lib.format.write_array_header_1_0(file, header())
     notes = {"fingerprint": short_hash(hashes), "duplicates": len(hashes) - len({*hashes})}
-    notes |= {"auto": auto, "failed": failed}
-    write_file(cached.with_suffix(".json"), json.dumps(notes, indent=1).encode())
-    return cached
+    write_file(cached.with_suffix(".json"), json.dumps(notes | {"failed": failed}).encode())
 
 
 def classes_of(names):
@@ -315,18 +312,17 @@ def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
 
 
 def find_or_download(name, folder, read, *options):
-    """What `read` makes of a file in one of its usual places below `folder`, or downloaded."""
+    """What `read` makes of a file somewhere below `folder`, under any usual name, or downloaded."""
     plain = name.removesuffix(".gz")
-    names = [name, plain, *(each.replace("-idx", ".idx") for each in (name, plain))]
-    places = [folder / below / each for below in ("", "MNIST/raw", "mnist") for each in names]
-    places += [place / place.name for place in places]  # a folder of that name around it
-    places += [folder / "cifar-10-batches-bin"] if name.startswith("cifar") else []
-    there = [place for place in places if place.exists()]
-    whole = [place for place in there if place.is_file() or place == places[-1]]
-    if there and not whole:
-        raise UserError(f"{there[0]} is a folder without {plain}: put the file into {folder}")
-    path = whole[0] if whole else folder / name
-    if not whole:
+    usual = lambda path: path.name.replace(".idx", "-idx").removesuffix(".gz")
+    there = sorted(path for path in folder.rglob("*") if usual(path) == plain)
+    path = next((path for path in there if path.is_file()), None)
+    if name.startswith("cifar"):
+        path = path or next((p.parent for p in folder.rglob("data_batch_1.bin")), None)
+    if there and not path:
+        raise UserError(f"{there[0]} is a folder without {plain}: put that file into it")
+    if not path:
+        path = folder / name
         download(FILES[name][0] + name, path, FILES[name][1])
     try:
         return read(path, *options)
