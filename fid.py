@@ -213,7 +213,7 @@ def load_inception(features="inception", weights=None, device="cpu", precision="
 
 
 def bilinear(pixels):
-    """uint8 (N, H, W, 1 or 3) -> float32 (N, 3, 299, 299) in [-1, 1], on the same device."""
+    """uint8 (N, H, W, C), or float32 that it uses up -> (N, 3, 299, 299) in [-1, 1], float32."""
     images = pixels.permute(0, 3, 1, 2).float().div_(255)
     return F.interpolate(images, SIDE, mode="bilinear").mul_(2).sub_(1).expand(-1, 3, -1, -1)
 
@@ -225,7 +225,7 @@ def to_input(pixels, mode):
     float, as clean-fid (Parmar et al., 2022, arXiv:2104.11222).
     """
     if mode == "legacy":
-        return bilinear(torch.tensor(pixels)[None])[0]
+        return bilinear(torch.from_numpy(pixels.astype(np.float32))[None])[0]
     bands = (Image.fromarray(band.astype(np.float32)) for band in pixels.transpose(2, 0, 1))
     bands = [np.asarray(band.resize((SIDE, SIDE), Image.BICUBIC)) for band in bands]
     return ((torch.from_numpy(np.stack(bands)).clamp(0, 255) - 128) / 128).expand(INPUT)
