@@ -182,14 +182,13 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
             if stale.name.startswith(place) and stale.stem != cached.stem:
                 stale.unlink(missing_ok=True)
         images, notes = read_cache(cached, files, None, image_size)
-    failed, beside = notes["failed"], cached.with_suffix(".json")
+    failed, duplicates = notes["failed"], f"{notes['duplicates']:,} exact duplicates (kept)"
+    errors = f"{len(failed):,} of {len(files):,} files cannot be decoded, see {cached.stem}.json"
     if not len(images):
-        raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {beside}")
-    line = f"{len(images):,} images of {path}, {images.shape[1:]} each, "
-    line += f"{images.nbytes / 1e6:,.0f} MB; exact duplicates: {notes['duplicates']:,} (kept)"
-    if failed:
-        line += f"; {len(failed):,} of {len(files):,} files cannot be decoded, see {beside}"
-    say(f"{line}; in {cached}")
+        raise UserError(f"no image in {path}: {errors} in {cache}")
+    size = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB"
+    said = [f"{len(images):,} images of {path}, {size}", duplicates, *[errors] * bool(failed)]
+    say("; ".join([*said, f"in {cached}"]))
     if channels not in ("auto", str(images.shape[3])):
         images = resized(images, image_size, channels).view(np.memmap)  # may have attributes
     images.fingerprint = notes["fingerprint"]
@@ -531,23 +530,20 @@ class Recorded:
         self.graphs, self.calls, self.given, self.held, self.rates = {}, {}, {}, [], {}
 
     def __call__(self, *args, **kwargs):
-        if not self.on:
-            return self.step(*args, **kwargs)
-        call = self.signature.bind(*args, **kwargs)
-        if name := self.changed(call.arguments):
-            self.stay_plain(f"{name} changes between calls: make it a 0-d tensor, or a bool")
         if self.on:
+            call = self.signature.bind(*args, **kwargs)
             of = lambda kind: {n: v for n, v in call.arguments.items() if isinstance(v, kind)}
-            tensors = of(torch.Tensor)
+            tensors, opts = of(torch.Tensor), of(torch.optim.Optimizer).values()
             key = *of(bool).values(), *((t.shape, t.dtype) for t in tensors.values())
-            with self.rates_on_device(of(torch.optim.Optimizer).values()):
-                if key not in self.graphs:
-                    self.calls[key] = self.calls.get(key, 0) + 1
-                    if self.calls[key] <= 3:  # in which libraries choose their kernels
-                        return self.warm_up(call)
-                    self.record(key, call, tensors)
-                if self.on:
-                    return self.replay(key, tensors)
+            self.calls[key] = self.calls.get(key, 0) + 1
+            if name := self.changed(call.arguments):
+                self.stay_plain(f"{name} changes between calls: make it a 0-d tensor, or a bool")
+            elif self.calls[key] <= 3:  # in which libraries choose their kernels
+                return self.warm_up(call, opts)
+            else:
+                with self.rates_on_device(opts):
+                    if key in self.graphs or self.record(key, call, tensors):
+                        return self.replay(key, tensors)
         return self.step(*args, **kwargs)
 
     def changed(self, given):
@@ -562,16 +558,14 @@ class Recorded:
                 parts = value.modules() if isinstance(value, nn.Module) else [value]
                 places += [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in parts]
             watched = [(self.step.__globals__, name) for name in code.co_names]
-            watched += [(place, name) for place in [self.given, *places] for name in place]
-            for place, name in watched:
-                value = place.get(name)
-                number = isinstance(value, (*PLAIN, torch.Tensor)) and not reads_rate(place, name)
-                if number or place is self.given:
-                    self.held.append((place, name, value, version(value)))
-        for place, name, before, number in self.held:
+            watched += [(place, name) for place in places for name in place]
+            holds = lambda p, n: isinstance(p.get(n), (*PLAIN, torch.Tensor))
+            watched = [(p, n) for p, n in watched if holds(p, n) and not reads_rate(p, n)]
+            watched += [(self.given, name) for name in self.given]
+            self.held = [(place, name, place[name]) for place, name in watched]
+        for place, name, before in self.held:
             value = place.get(name)
-            same = value is before or isinstance(value, PLAIN) and value == before
-            if not same or version(value) != number:
+            if value is not before and not (isinstance(value, PLAIN) and value == before):
                 return name
         return None
 
@@ -582,26 +576,25 @@ class Recorded:
         before = [{n: g[n] for n in ("lr", "capturable") if n in g} for g in groups]
         for i, (group, numbers) in enumerate(zip(groups, before)):
             held = self.rates.setdefault(i, torch.zeros((), device=self.device))
-            held.fill_(numbers["lr"])
-            group |= dict.fromkeys(numbers, True) | {"lr": held}
+            group |= dict.fromkeys(numbers, True) | {"lr": held.fill_(numbers["lr"])}
         try:
             yield
         finally:
             for group, numbers in zip(groups, before):
                 group |= numbers
 
-    def warm_up(self, call):
-        opts = [value for value in call.arguments.values() if hasattr(value, "param_groups")]
+    def warm_up(self, call, opts):
+        """The step as it is, on the stream of the recording."""
         for state in [state for opt in opts for state in opt.state.values() if "step" in state]:
             state["step"] = state["step"].to(self.device)  # of a resumed run
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # the one of the recording
+        with self.rates_on_device(opts), torch.cuda.stream(self.stream):
             stats = self.step(*call.args, **call.kwargs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return stats
 
     def record(self, key, call, tensors):
-        """Record a graph of this call, which computes nothing yet, or find out why not."""
+        """Record a graph of this call, which computes nothing yet; False where that fails."""
         inputs = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         nets = [value for value in call.arguments.values() if isinstance(value, nn.Module)]
         before = [(p, p.grad, p.requires_grad) for net in nets for p in net.parameters()]
@@ -612,16 +605,17 @@ class Recorded:
             with torch.cuda.stream(here), torch.cuda.graph(graph, **options):
                 stats = self.step(*call.args, **call.kwargs)
                 packed = torch.cat([value.flatten() for value in stats.values()])
-            shapes = {name: value.shape for name, value in stats.items()}
-            self.graphs[key] = graph, inputs, shapes, packed
         except Exception as error:  # the first one says why, the last one only that it failed
             for p, grad, learns in before:
-                p.grad = grad
-                p.requires_grad_(learns)
+                p.requires_grad_(learns).grad = grad
             with contextlib.suppress(RuntimeError), torch.cuda.stream(here):
                 with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
                     torch.rand(1, device=self.device)  # else the generator thinks it goes on
             self.stay_plain(reason(error.__context__ or error))
+            return False
+        shapes = {name: value.shape for name, value in stats.items()}
+        self.graphs[key] = graph, inputs, shapes, packed
+        return True
 
     def replay(self, key, tensors):
         graph, inputs, shapes, packed = self.graphs[key]
@@ -632,8 +626,7 @@ class Recorded:
         return {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
 
     def stay_plain(self, why):
-        self.on = False
-        name = self.step.__name__
+        self.on, name = False, self.step.__name__
         say(f"\nWARNING: no CUDA graph of {name}, it takes several times as long: {why}")
 
 
@@ -641,11 +634,6 @@ def reads_rate(group, name="lr"):
     """Is this the rate of an optimizer that can read it from the device? Others need a number."""
     able = name == "lr" and ("capturable" in group or group.get("fused"))
     return able and not isinstance(group["lr"], torch.Tensor)
-
-
-def version(value):
-    """Of a tensor on the CPU, whose numbers a graph holds: how often it was refilled."""
-    return value._version if type(value) is torch.Tensor and not value.is_cuda else 0
 
 
 def summary(net):
@@ -751,6 +739,8 @@ class HelpLayout(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     def __init__(self, manual, prog=None):
         super().__init__(prog, description=manual, formatter_class=HelpLayout, allow_abbrev=False)
+        self.register("type", None, os.path.expanduser)  # ~/imgs, in --path=~/imgs too
+        self.register("type", Path, lambda text: Path(text).expanduser())
 
     def parse_args(self, words):
         for i, word in enumerate(words):
@@ -775,19 +765,15 @@ def bounded(kind, low, high=None):
     return convert
 
 
-home = os.path.expanduser  # an argparse type: ~/imgs is a path, also in --path=~/imgs
-
-
 def run_parser(script, manual, epochs, batch_size, ema=0.999):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
     parser = Parser(manual, Path(script).name)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--path", type=home, help="images to train on: a folder (with its subfolders) or a .zip")
+    add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
     add("--dataset", choices=DATASETS, help="instead of --path; glyphs: drawn, needs no files")
-    add("--data_dir", type=home, default="data", help="where MNIST and CIFAR-10 are or come to be")
+    add("--data_dir", default="data", help="where MNIST and CIFAR-10 are or come to be")
     add("--label", nargs="+", help="train on these classes only: numbers, or names of subfolders")
-    add("--image_size", type=bounded(int, 1, 1024),
-        help="pixels of a side, after a centre crop; default: 64, data sets 28 or 32")  # fmt: skip
+    add("--image_size", type=bounded(int, 1, 1024), help="default: 64; data sets 28 or 32")
     add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
@@ -797,15 +783,13 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
     add("--graph", action=switch, default=True, help="on a GPU record the step as a CUDA graph")
-    add("--compile", action=switch, default=False,
-        help="torch.compile: on an H200 a minute to start and no gain")  # fmt: skip
+    add("--compile", action=switch, default=False, help="torch.compile: an H200 gained nothing")
     add("--checkpoint", type=bounded(int, 1), help="epochs between snapshots; default: 10 in all")
     add("--sample_every", type=bounded(int, 1), help="epochs between grids; default: 100 in all")
-    add("--out", type=home, help="the run's folder; default: runs/<variant>-<data>")
-    add("--resume", type=home, nargs="?", const="newest",
-        help="run to continue; alone: what --out holds, or the newest in runs/")  # fmt: skip
-    add("--config", type=home, help="a run's config.ini to repeat; flags typed beside it win")
-    add("--cache", type=home, default=".cache", help="folder for the decoded images")
+    add("--out", help="the run's folder; default: runs/<variant>-<data>")
+    add("--resume", nargs="?", const="newest", help="a run; alone: that of --out, or the newest")
+    add("--config", help="a run's config.ini to repeat; flags typed beside it win")
+    add("--cache", default=".cache", help="folder for the decoded images")
     add("--tensorboard", action=switch, default=False, help="log for TensorBoard too")
     add("--summary", action=switch, default=False, help="show the networks and stop")
     return parser
@@ -828,23 +812,21 @@ def words_of(settings, parser):
     for name, value in settings.items():
         if name not in actions:
             raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
-        action = actions[name]
-        flags, nargs, const = action.option_strings, action.nargs, action.const
+        flags, nargs = actions[name].option_strings, actions[name].nargs
         if nargs == 0:  # a switch; in a file written by hand, a word
-            value = {"true": True, "false": False}.get(str(value).lower(), value)
-            if not isinstance(value, int) and value not in (None, const):
+            on = str(value).lower()
+            if on not in ("true", "false"):
                 raise UserError(f"argument {'/'.join(flags)}: write true or false")
-            if const is None and isinstance(value, bool):  # --flip, --no-flip
-                words.append(flags[0 if value else 1])
-            else:  # once where the value is its own; a count as often as it says
-                words += flags[:1] * (value or 0 if const is None else value == const)
+            words += (
+                flags[:1] if (on == "true") == (actions[name].const is not False) else flags[1:2]
+            )
         elif value is True:  # --resume alone
             words.append(flags[-1])
         elif isinstance(value, list | tuple) and nargs:
             words += [flags[-1], *map(str, value)]
         elif value is not None:
-            each = value if isinstance(value, list) else [value]
-            words += [f"{flags[-1]}={part}" for part in each]
+            several = value if isinstance(value, list) else [value]  # of an action="append"
+            words += [f"{flags[-1]}={each}" for each in several]
     return words
 
 
@@ -885,17 +867,15 @@ def resumed(parser, words, args):
     script = Path(parser.prog).stem
     folder = newest_run(script) if args.resume == "newest" else Path(args.resume)
     if folder.suffix == ".pt" and folder.name != "checkpoint.pt":
-        raise UserError(
-            f"{folder} is a snapshot: --resume {folder.parent} goes on where its run is"
-        )
+        raise UserError(f"{folder} is a snapshot: --resume {folder.parent} goes on from its run")
     folder = folder.parent if folder.suffix == ".pt" else folder
     run = load_file(folder / "checkpoint.pt")
     if run["script"] != script:
         raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
-    if "origin" not in run:
+    if not isinstance(run.get("typed"), dict) or "origin" not in run:
         raise UserError(f"{folder} is of an older version: it can be drawn from, but not resumed")
     then = {name: value for name, value in run["config"].items() if name in args.typed}
-    then["precision"] = run["typed"]["precision"]
+    then["precision"] = run["typed"].get("precision", "auto")
     then["channels"] = str(run["generator_args"].get("channels", then["channels"]))
     own = words_of(then, parser)
     before, now = settings_of(parser.parse_args(own)), parser.parse_args([*own, *words])
@@ -991,14 +971,12 @@ def join_ranks(device):
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several processes work with cuda or --device cpu, not {device.type}")
     if not dist.is_initialized():
-        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        if not re.fullmatch(r".+:\d+", place):
-            why = (
-                f"RANK and WORLD_SIZE name {WORLD_SIZE} processes, but MASTER_ADDR and MASTER_PORT"
-            )
-            raise UserError(f"{why} no place to meet: use torchrun, or unset them")
-        waiting = f"waiting for {WORLD_SIZE - 1} more processes at {place}"
-        clock = threading.Timer(10, print, [waiting], {"file": sys.stderr})
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if "?" in place:
+            where = "no MASTER_ADDR and MASTER_PORT where they meet"
+            raise UserError(f"WORLD_SIZE is {WORLD_SIZE}, but {where}: use torchrun, or unset it")
+        waiting = [f"waiting for {WORLD_SIZE - 1} more processes at {place}"]
+        clock = threading.Timer(10, print, waiting, {"file": sys.stderr})
         clock.daemon = True
         clock.start()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -1278,16 +1256,11 @@ class Run:
     def start(self):
         """Say what is about to happen, write what comes first; returns the images, on a GPU if
         they fill no more than a quarter of its free memory."""
-        words = []
-        for name, value in settings_of(self.args).items():
-            if isinstance(value, list):
-                words += [f"--{name}", *map(str, value)]
-            elif value is not None and value is not False:
-                words.append(f"--{name}={value}".removesuffix("=True"))
+        settings = [f"--{n}={v}" for n, v in settings_of(self.args).items() if v is not None]
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
         where = f"on {self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
         span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
-        say(f"settings: python {self.script}.py {shlex.join(words)}\n{self.folder}: {span}")
+        say(f"settings: {self.script}.py {shlex.join(settings)}\n{self.folder}: {span}")
         say(f"G has {counts[0]:,} parameters, D {counts[1]:,}, {where}")
         self.marked = self.saved = time.monotonic()
         self.started = self.marked - self.seconds
@@ -1301,7 +1274,7 @@ class Run:
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
             if self.step == 0:
                 self.write(grid=True, keep=False, save=True)
-                self.read_back()
+                self.read_back(self.folder / "checkpoint.pt")
                 shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
                 save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
@@ -1438,9 +1411,8 @@ class Run:
         if grid and self.writer:
             self.writer.add_images("samples", images, self.step, dataformats="NHWC")
 
-    def read_back(self):
-        """What cannot be loaded again is refused now, not when it is needed."""
-        path = self.folder / "checkpoint.pt"
+    def read_back(self, path):
+        """Refuse now, not when it is needed, a checkpoint that cannot be loaded again."""
         try:
             load_file(path)
         except UserError as error:
@@ -1457,12 +1429,9 @@ class Run:
         base = Path(out or f"runs/{self.script.removeprefix('train_')}-{data}")
         for number in itertools.count(1):
             path = base.with_name(f"{base.name}-{number}") if number > 1 else base
-            try:
+            with contextlib.nullcontext() if out else contextlib.suppress(FileExistsError):
                 path.mkdir(parents=True, exist_ok=bool(out))
                 return path
-            except FileExistsError:  # another run, perhaps of this moment
-                if out:
-                    raise
 
     def restore(self):
         """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
@@ -1474,7 +1443,7 @@ class Run:
                 if isinstance(part, torch.optim.Optimizer):
                     restore_layout(part)
             self.step, self.seconds = int(run["step"]), float(run["seconds"])
-            self.origin = [int(number) for number in run["origin"]]
+            self.origin = [int(run["origin"][i]) for i in range(3)]
             if run["pace"] != [self.steps_per_epoch, self.images_per_step]:
                 self.origin = [self.step, run["epoch"], run["images_seen"]]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

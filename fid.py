@@ -322,7 +322,7 @@ SETTINGS = ("size", "channels", "mode", "features")  # must agree; size 0: every
 
 
 def is_generator(source):
-    return source.suffix == ".pt" or (source / "checkpoint.pt").is_file()
+    return source.suffix == ".pt" or common.is_run(source)
 
 
 def images_of(source, like, label, args):
@@ -331,28 +331,34 @@ def images_of(source, like, label, args):
     They are uint8 (H, W, C), or what `prepared` makes of them. A bare "mnist" is the data set.
     `like`: (image_size, channels) as for training, None: own sizes; `label`: classes or None.
     """
+    names, labels = [], None
     if source in common.DATASETS:
         size, channels = like or (None, "auto")
         images, labels = common.read_dataset(source, args.data_dir, size, str(channels))
-        images = images[np.isin(labels, label)] if label else images  # labels count only here
-        yield from itertools.chain([len(images)], images)
+        names = [str(number) for number in range(labels.max() + 1)]
     elif is_generator(Path(source)):
         (G, z), numbers = generate.load_generator(source, args.device), range(args.img_num)
         yield args.img_num
         for i in range(0, args.img_num, common.CHUNK):
             yield from generate.sample(G, z, numbers[i : i + common.CHUNK], args.seed)
+        return
     elif like:
         images = common.load_images(source, like[0], str(like[1]), args.cache)
-        yield from itertools.chain([len(images)], images)
+        names, labels = common.classes_of(images.names)
     else:
         files, open_image = common.image_files(source)
         yield len(files)
         work = lambda file: prepared(common.decode(file), args.mode)  # many large ones fill memory
-        for image, error in common.decoded([name for name, *_ in files], open_image, work):
+        for name, (image, error) in zip(files, common.decoded([*files], open_image, work)):
             if error:
-                print(f"skipped: {error}", file=sys.stderr)
+                print(f"skipped: {name}: {error}", file=sys.stderr)
             else:
                 yield image
+        return
+    if label and labels is not None:
+        print(f"{source}: only the classes count that the run has learned: {' '.join(label)}")
+        images = images[np.isin(labels, common.class_numbers(label, names))]
+    yield from itertools.chain([len(images)], images)
 
 
 def opened(source, net, like, label, settings, args):
@@ -460,8 +466,6 @@ def main():
         like, label = facts[0] if facts else (None, None)
         if any(shape != like for shape, _ in facts):
             raise common.UserError(f"the generators differ in (size, channels): {facts}")
-        if label and len(paths) < len(sources):
-            print(f"only the classes that the run was trained on count: {label}")
         net, settings, stats = None, {}, {}
         if not all(name.endswith(".npz") for name in sources):
             net, features = load_inception(args.features, args.weights, args.device, args.precision)
