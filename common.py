@@ -101,57 +101,62 @@ def image_files(path):
 
     In a folder links are followed; what these scripts wrote, runs and samples, is left out.
     """
-    path, found = Path(path), {}
+    path = Path(path)
     if path.is_dir():
         root = os.path.join(path, "")
-        open_image = lambda name: open(root + name, "rb")  # noqa: SIM115
-        folders, seen = [] if is_run(path) else [root], {os.path.realpath(path)}
-        for folder in folders:  # grows on the way
-            try:
-                entries = [*os.scandir(folder)]
-            except OSError as error:
-                say(f"WARNING: left out, as it cannot be listed: {error}")
-                continue
-            ours = {e.name for e in entries if is_run(e) or Path(e, ".run").exists()}
-            grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
-            for entry in entries:
-                if entry.name.startswith((".", "__MACOSX")) or entry.name in ours:
-                    continue
-                if entry.is_dir():
-                    if (whole := os.path.realpath(entry)) not in seen:  # links may go in circles
-                        folders.append(entry.path)
-                        seen.add(whole)
-                elif not entry.name.startswith(grids):
-                    there = not entry.is_symlink() or os.path.exists(entry)
-                    facts = entry.stat(follow_symlinks=there)  # of a link to nowhere its own
-                    found[entry.path[len(root) :]] = facts.st_size, facts.st_mtime_ns
+        found, open_image = files_below(root), lambda name: open(root + name, "rb")  # noqa: SIM115
+    elif not path.exists():
+        raise UserError(f"{path} does not exist: pass a folder or .zip of images")
     else:
         try:
             archive = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
-            state = (
-                f"is neither a folder nor a .zip ({error})" if path.exists() else "does not exist"
-            )
-            raise UserError(f"{path} {state}: pass a folder or .zip of images") from None
-        for member in archive.infolist():
-            parts = [part for part in member.filename.split("/") if part != "."]
-            if not any(part.startswith((".", "__MACOSX")) for part in parts):
-                found[member.filename] = member.file_size, member.CRC
+            raise UserError(f"{path} is neither a folder nor a .zip ({error})") from None
         open_image = lambda name: io.BytesIO(archive.read(name))
+        hidden = re.compile(r"(^|/)(\.(?!/)|__MACOSX)")  # but ./a.png is a.png
+        members = [each for each in archive.infolist() if not hidden.search(each.filename)]
+        found = {each.filename: (each.file_size, each.CRC) for each in members}
     kinds = Image.registered_extensions().items()
     endings = tuple(end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PIXELS)
     names = sorted(name for name in found if name.lower().endswith(endings))
-    other = [name for name in found if name.lower().endswith(OTHER_ENDINGS)]
-    if left_out := len({*other}.difference(names)):
-        say(f"{left_out:,} images are left out: of {' '.join(OTHER_ENDINGS)} not all are read")
+    if other := [x for x in {*found}.difference(names) if x.lower().endswith(OTHER_ENDINGS)]:
+        say(f"{len(other):,} images are left out, such as {other[0]}: Pillow does not read them")
     if not names:
         searched = "whatever Pillow reads, .jpg .png .webp ..., also in subfolders that are no run"
         raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
     return {name: found[name] for name in names}, open_image
 
 
+def files_below(root):
+    """{name: (bytes, time)} of all files below a folder, but hidden ones and these scripts' own."""
+    found, folders, seen = {}, [] if is_run(root) else [root], {os.path.realpath(root)}
+    for folder in folders:  # grows on the way
+        try:
+            entries = [e for e in os.scandir(folder) if not e.name.startswith((".", "__MACOSX"))]
+        except OSError as error:
+            say(f"WARNING: left out, as it cannot be listed: {error}")
+            continue
+        below = {entry.name: entry.path for entry in entries if entry.is_dir()}
+        ours = [name for name, place in below.items() if is_run(place) or is_samples(place)]
+        for name in below.keys() - ours:
+            if (whole := os.path.realpath(below[name])) not in seen:  # links may go in circles
+                folders.append(below[name])
+                seen.add(whole)
+        grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
+        for entry in entries:
+            if entry.name not in below and not entry.name.startswith(grids):
+                there = not entry.is_symlink() or os.path.exists(entry)
+                facts = entry.stat(follow_symlinks=there)  # of a link to nowhere its own
+                found[entry.path[len(root) :]] = facts.st_size, facts.st_mtime_ns
+    return found
+
+
 def is_run(folder):
     return all(Path(folder, name).is_file() for name in ("checkpoint.pt", "config.ini"))
+
+
+def is_samples(folder):
+    return Path(folder, ".run").exists()
 
 
 def load_images(path, image_size, channels="auto", cache=".cache"):
@@ -163,33 +168,29 @@ def load_images(path, image_size, channels="auto", cache=".cache"):
     follows from the pixels. Undecodable files are listed; UserError if nothing is left.
     """
     files, open_image = image_files(path)
-    whole, wanted = Path(path).resolve(), (channels,) if channels != "auto" else ("3", "1")
+    whole = Path(path).resolve()
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-"
-    stem = Path(cache, f"{place}{short_hash((5, files))}")  # another 5 where decode changes
-    for number in wanted:
-        cached = Path(f"{stem}-{number}.npy")
-        found = read_cache(cached, files, open_image, image_size, channels)
-        if found:
-            break
-    else:
+    cached = Path(cache, f"{place}{short_hash((5, files))}.npy")  # another 5 where decode changes
+    images, notes = read_cache(cached, files, open_image, image_size)
+    if images is None:
         try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            cached = fill_cache(stem, [*files], open_image, image_size, channels)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            fill_cache(cached, [*files], open_image, image_size)
         except (OSError, UserError) as error:
             raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        for stale in stem.parent.iterdir():  # made when the files were others
-            if stale.name.startswith(place) and not stale.name.startswith(stem.name):
+        for stale in cached.parent.iterdir():  # made when the files were others
+            if stale.name.startswith(place) and stale.stem != cached.stem:
                 stale.unlink(missing_ok=True)
-        found = read_cache(cached, files, None, image_size, channels)
-    images, notes = found
-    failed, beside = notes["failed"], cached.with_suffix(".json")
+        images, notes = read_cache(cached, files, None, image_size)
+    failed, duplicates = notes["failed"], f"{notes['duplicates']:,} exact duplicates (kept)"
+    errors = f"{len(failed):,} of {len(files):,} files cannot be decoded, see {cached.stem}.json"
     if not len(images):
-        raise UserError(f"none of the {len(files)} images in {path} can be decoded, see {beside}")
-    line = f"{len(images):,} images of {path}, {images.shape[1:]} each, "
-    line += f"{images.nbytes / 1e6:,.0f} MB; exact duplicates: {notes['duplicates']:,} (kept)"
-    if failed:
-        line += f"; {len(failed):,} of {len(files):,} files cannot be decoded, see {beside}"
-    say(f"{line}; in {cached}")
+        raise UserError(f"no image in {path}: {errors} in {cache}")
+    size = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB"
+    said = [f"{len(images):,} images of {path}, {size}", duplicates, *[errors] * bool(failed)]
+    say("; ".join([*said, f"in {cached}"]))
+    if channels not in ("auto", str(images.shape[3])):
+        images = resized(images, image_size, channels).view(np.memmap)  # may have attributes
     images.fingerprint = notes["fingerprint"]
     images.names = [name for name in files if name not in failed]
     return images
@@ -199,32 +200,29 @@ def short_hash(content):
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def read_cache(cached, files, open_image, image_size, channels):
-    """The array and notes of fill_cache; None where they do not fit, or a file that failed then
-    can be decoded now."""
-    try:
+def read_cache(cached, files, open_image, image_size):
+    """The array and notes of fill_cache; None, None where they do not fit, or a file that failed
+    then can be decoded now."""
+    with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):
         images = np.load(cached, mmap_mode="r")
         notes = json.loads(cached.with_suffix(".json").read_text())
-        n, failed = len(files) - len(notes["failed"]), [*notes["failed"]]
-        fits = images.shape[:3] == (n, image_size, image_size) and images.dtype == np.uint8
-        if not fits or images.shape[3] != (notes["auto"] if channels == "auto" else int(channels)):
-            return None
+        failed = [*notes["failed"]]
+        shape = len(files) - len(failed), image_size, image_size
         again = decoded(failed if open_image else [], open_image, image_size=image_size)
-        return None if any(error is None for _, error in again) else (images, notes)
-    except (OSError, ValueError, EOFError, LookupError, TypeError):  # not there, or not whole
-        return None
+        if images.shape[:3] == shape and images.dtype == np.uint8 and all(e for _, e in again):
+            return images, notes
+    return None, None  # not there, or not whole
 
 
-def fill_cache(stem, names, open_image, image_size, channels):
-    """Decode files into an .npy, with notes on them in a .json beside it; returns its path."""
+def fill_cache(cached, names, open_image, image_size):
+    """Decode files into the .npy `cached`, with notes on them in a .json beside it."""
     modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
-    auto = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
-    shape = image_size, image_size, auto if channels == "auto" else int(channels)
-    hashes, failed, cached = [], {}, Path(f"{stem}-{shape[2]}.npy")
+    channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
+    hashes, failed, shape = [], {}, (image_size, image_size, channels)
     header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
         np.lib.format.write_array_header_1_0(file, header())
-        images = decoded(names, open_image, image_size=image_size, channels=shape[2])
+        images = decoded(names, open_image, image_size=image_size, channels=channels)
         for name, (pixels, error) in zip(names, images):
             if error:
                 failed[name] = error
@@ -234,9 +232,7 @@ def fill_cache(stem, names, open_image, image_size, channels):
         file.seek(0)  # numpy leaves room in a header for any first axis
         np.lib.format.write_array_header_1_0(file, header())
     notes = {"fingerprint": short_hash(hashes), "duplicates": len(hashes) - len({*hashes})}
-    notes |= {"auto": auto, "failed": failed}
-    write_file(cached.with_suffix(".json"), json.dumps(notes, indent=1).encode())
-    return cached
+    write_file(cached.with_suffix(".json"), json.dumps(notes | {"failed": failed}).encode())
 
 
 def classes_of(names):
@@ -315,18 +311,17 @@ def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
 
 
 def find_or_download(name, folder, read, *options):
-    """What `read` makes of a file in one of its usual places below `folder`, or downloaded."""
+    """What `read` makes of a file somewhere below `folder`, under any usual name, or downloaded."""
     plain = name.removesuffix(".gz")
-    names = [name, plain, *(each.replace("-idx", ".idx") for each in (name, plain))]
-    places = [folder / below / each for below in ("", "MNIST/raw", "mnist") for each in names]
-    places += [place / place.name for place in places]  # a folder of that name around it
-    places += [folder / "cifar-10-batches-bin"] if name.startswith("cifar") else []
-    there = [place for place in places if place.exists()]
-    whole = [place for place in there if place.is_file() or place == places[-1]]
-    if there and not whole:
-        raise UserError(f"{there[0]} is a folder without {plain}: put the file into {folder}")
-    path = whole[0] if whole else folder / name
-    if not whole:
+    usual = lambda path: path.name.replace(".idx", "-idx").removesuffix(".gz")
+    there = sorted(path for path in folder.rglob("*") if usual(path) == plain)
+    path = next((path for path in there if path.is_file()), None)
+    if name.startswith("cifar"):
+        path = path or next((p.parent for p in folder.rglob("data_batch_1.bin")), None)
+    if there and not path:
+        raise UserError(f"{there[0]} is a folder without {plain}: put that file into it")
+    if not path:
+        path = folder / name
         download(FILES[name][0] + name, path, FILES[name][1])
     try:
         return read(path, *options)
@@ -535,23 +530,20 @@ class Recorded:
         self.graphs, self.calls, self.given, self.held, self.rates = {}, {}, {}, [], {}
 
     def __call__(self, *args, **kwargs):
-        if not self.on:
-            return self.step(*args, **kwargs)
-        call = self.signature.bind(*args, **kwargs)
-        if name := self.changed(call.arguments):
-            self.stay_plain(f"{name} changes between calls: make it a 0-d tensor, or a bool")
         if self.on:
+            call = self.signature.bind(*args, **kwargs)
             of = lambda kind: {n: v for n, v in call.arguments.items() if isinstance(v, kind)}
-            tensors = of(torch.Tensor)
+            tensors, opts = of(torch.Tensor), of(torch.optim.Optimizer).values()
             key = *of(bool).values(), *((t.shape, t.dtype) for t in tensors.values())
-            with self.rates_on_device(of(torch.optim.Optimizer).values()):
-                if key not in self.graphs:
-                    self.calls[key] = self.calls.get(key, 0) + 1
-                    if self.calls[key] <= 3:  # in which libraries choose their kernels
-                        return self.warm_up(call)
-                    self.record(key, call, tensors)
-                if self.on:
-                    return self.replay(key, tensors)
+            self.calls[key] = self.calls.get(key, 0) + 1
+            if name := self.changed(call.arguments):
+                self.stay_plain(f"{name} changes between calls: make it a 0-d tensor, or a bool")
+            elif self.calls[key] <= 3:  # in which libraries choose their kernels
+                return self.warm_up(call, opts)
+            else:
+                with self.rates_on_device(opts):
+                    if key in self.graphs or self.record(key, call, tensors):
+                        return self.replay(key, tensors)
         return self.step(*args, **kwargs)
 
     def changed(self, given):
@@ -566,16 +558,14 @@ class Recorded:
                 parts = value.modules() if isinstance(value, nn.Module) else [value]
                 places += [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in parts]
             watched = [(self.step.__globals__, name) for name in code.co_names]
-            watched += [(place, name) for place in [self.given, *places] for name in place]
-            for place, name in watched:
-                value = place.get(name)
-                number = isinstance(value, (*PLAIN, torch.Tensor)) and not reads_rate(place, name)
-                if number or place is self.given:
-                    self.held.append((place, name, value, version(value)))
-        for place, name, before, number in self.held:
+            watched += [(place, name) for place in places for name in place]
+            holds = lambda p, n: isinstance(p.get(n), (*PLAIN, torch.Tensor))
+            watched = [(p, n) for p, n in watched if holds(p, n) and not reads_rate(p, n)]
+            watched += [(self.given, name) for name in self.given]
+            self.held = [(place, name, place[name]) for place, name in watched]
+        for place, name, before in self.held:
             value = place.get(name)
-            same = value is before or isinstance(value, PLAIN) and value == before
-            if not same or version(value) != number:
+            if value is not before and not (isinstance(value, PLAIN) and value == before):
                 return name
         return None
 
@@ -586,26 +576,25 @@ class Recorded:
         before = [{n: g[n] for n in ("lr", "capturable") if n in g} for g in groups]
         for i, (group, numbers) in enumerate(zip(groups, before)):
             held = self.rates.setdefault(i, torch.zeros((), device=self.device))
-            held.fill_(numbers["lr"])
-            group |= dict.fromkeys(numbers, True) | {"lr": held}
+            group |= dict.fromkeys(numbers, True) | {"lr": held.fill_(numbers["lr"])}
         try:
             yield
         finally:
             for group, numbers in zip(groups, before):
                 group |= numbers
 
-    def warm_up(self, call):
-        opts = [value for value in call.arguments.values() if hasattr(value, "param_groups")]
+    def warm_up(self, call, opts):
+        """The step as it is, on the stream of the recording."""
         for state in [state for opt in opts for state in opt.state.values() if "step" in state]:
             state["step"] = state["step"].to(self.device)  # of a resumed run
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # the one of the recording
+        with self.rates_on_device(opts), torch.cuda.stream(self.stream):
             stats = self.step(*call.args, **call.kwargs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return stats
 
     def record(self, key, call, tensors):
-        """Record a graph of this call, which computes nothing yet, or find out why not."""
+        """Record a graph of this call, which computes nothing yet; False where that fails."""
         inputs = {name: value.to(self.device, copy=True) for name, value in tensors.items()}
         nets = [value for value in call.arguments.values() if isinstance(value, nn.Module)]
         before = [(p, p.grad, p.requires_grad) for net in nets for p in net.parameters()]
@@ -616,16 +605,17 @@ class Recorded:
             with torch.cuda.stream(here), torch.cuda.graph(graph, **options):
                 stats = self.step(*call.args, **call.kwargs)
                 packed = torch.cat([value.flatten() for value in stats.values()])
-            shapes = {name: value.shape for name, value in stats.items()}
-            self.graphs[key] = graph, inputs, shapes, packed
         except Exception as error:  # the first one says why, the last one only that it failed
             for p, grad, learns in before:
-                p.grad = grad
-                p.requires_grad_(learns)
+                p.requires_grad_(learns).grad = grad
             with contextlib.suppress(RuntimeError), torch.cuda.stream(here):
                 with torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
                     torch.rand(1, device=self.device)  # else the generator thinks it goes on
             self.stay_plain(reason(error.__context__ or error))
+            return False
+        shapes = {name: value.shape for name, value in stats.items()}
+        self.graphs[key] = graph, inputs, shapes, packed
+        return True
 
     def replay(self, key, tensors):
         graph, inputs, shapes, packed = self.graphs[key]
@@ -636,8 +626,7 @@ class Recorded:
         return {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
 
     def stay_plain(self, why):
-        self.on = False
-        name = self.step.__name__
+        self.on, name = False, self.step.__name__
         say(f"\nWARNING: no CUDA graph of {name}, it takes several times as long: {why}")
 
 
@@ -645,11 +634,6 @@ def reads_rate(group, name="lr"):
     """Is this the rate of an optimizer that can read it from the device? Others need a number."""
     able = name == "lr" and ("capturable" in group or group.get("fused"))
     return able and not isinstance(group["lr"], torch.Tensor)
-
-
-def version(value):
-    """Of a tensor on the CPU, whose numbers a graph holds: how often it was refilled."""
-    return value._version if type(value) is torch.Tensor and not value.is_cuda else 0
 
 
 def summary(net):
@@ -755,6 +739,8 @@ class HelpLayout(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     def __init__(self, manual, prog=None):
         super().__init__(prog, description=manual, formatter_class=HelpLayout, allow_abbrev=False)
+        self.register("type", None, os.path.expanduser)  # ~/imgs, in --path=~/imgs too
+        self.register("type", Path, lambda text: Path(text).expanduser())
 
     def parse_args(self, words):
         for i, word in enumerate(words):
@@ -779,19 +765,15 @@ def bounded(kind, low, high=None):
     return convert
 
 
-home = os.path.expanduser  # an argparse type: ~/imgs is a path, also in --path=~/imgs
-
-
 def run_parser(script, manual, epochs, batch_size, ema=0.999):
     """A parser with the flags that all training scripts share; `script` is the caller's file."""
     parser = Parser(manual, Path(script).name)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--path", type=home, help="images to train on: a folder (with its subfolders) or a .zip")
+    add("--path", help="images to train on: a folder (with its subfolders) or a .zip")
     add("--dataset", choices=DATASETS, help="instead of --path; glyphs: drawn, needs no files")
-    add("--data_dir", type=home, default="data", help="where MNIST and CIFAR-10 are or come to be")
+    add("--data_dir", default="data", help="where MNIST and CIFAR-10 are or come to be")
     add("--label", nargs="+", help="train on these classes only: numbers, or names of subfolders")
-    add("--image_size", type=bounded(int, 1, 1024),
-        help="pixels of a side, after a centre crop; default: 64, data sets 28 or 32")  # fmt: skip
+    add("--image_size", type=bounded(int, 1, 1024), help="default: 64; data sets 28 or 32")
     add("--channels", choices=["auto", "1", "3"], default="auto", help="auto: 1 if all are grey")
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
@@ -801,15 +783,13 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
     add("--graph", action=switch, default=True, help="on a GPU record the step as a CUDA graph")
-    add("--compile", action=switch, default=False,
-        help="torch.compile: on an H200 a minute to start and no gain")  # fmt: skip
+    add("--compile", action=switch, default=False, help="torch.compile: an H200 gained nothing")
     add("--checkpoint", type=bounded(int, 1), help="epochs between snapshots; default: 10 in all")
     add("--sample_every", type=bounded(int, 1), help="epochs between grids; default: 100 in all")
-    add("--out", type=home, help="the run's folder; default: runs/<variant>-<data>")
-    add("--resume", type=home, nargs="?", const="newest",
-        help="run to continue; alone: what --out holds, or the newest in runs/")  # fmt: skip
-    add("--config", type=home, help="a run's config.ini to repeat; flags typed beside it win")
-    add("--cache", type=home, default=".cache", help="folder for the decoded images")
+    add("--out", help="the run's folder; default: runs/<variant>-<data>")
+    add("--resume", nargs="?", const="newest", help="a run; alone: that of --out, or the newest")
+    add("--config", help="a run's config.ini to repeat; flags typed beside it win")
+    add("--cache", default=".cache", help="folder for the decoded images")
     add("--tensorboard", action=switch, default=False, help="log for TensorBoard too")
     add("--summary", action=switch, default=False, help="show the networks and stop")
     return parser
@@ -832,23 +812,21 @@ def words_of(settings, parser):
     for name, value in settings.items():
         if name not in actions:
             raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
-        action = actions[name]
-        flags, nargs, const = action.option_strings, action.nargs, action.const
+        flags, nargs = actions[name].option_strings, actions[name].nargs
         if nargs == 0:  # a switch; in a file written by hand, a word
-            value = {"true": True, "false": False}.get(str(value).lower(), value)
-            if not isinstance(value, int) and value not in (None, const):
+            on = str(value).lower()
+            if on not in ("true", "false"):
                 raise UserError(f"argument {'/'.join(flags)}: write true or false")
-            if const is None and isinstance(value, bool):  # --flip, --no-flip
-                words.append(flags[0 if value else 1])
-            else:  # once where the value is its own; a count as often as it says
-                words += flags[:1] * (value or 0 if const is None else value == const)
+            words += (
+                flags[:1] if (on == "true") == (actions[name].const is not False) else flags[1:2]
+            )
         elif value is True:  # --resume alone
             words.append(flags[-1])
         elif isinstance(value, list | tuple) and nargs:
             words += [flags[-1], *map(str, value)]
         elif value is not None:
-            each = value if isinstance(value, list) else [value]
-            words += [f"{flags[-1]}={part}" for part in each]
+            several = value if isinstance(value, list) else [value]  # of an action="append"
+            words += [f"{flags[-1]}={each}" for each in several]
     return words
 
 
@@ -889,17 +867,15 @@ def resumed(parser, words, args):
     script = Path(parser.prog).stem
     folder = newest_run(script) if args.resume == "newest" else Path(args.resume)
     if folder.suffix == ".pt" and folder.name != "checkpoint.pt":
-        raise UserError(
-            f"{folder} is a snapshot: --resume {folder.parent} goes on where its run is"
-        )
+        raise UserError(f"{folder} is a snapshot: --resume {folder.parent} goes on from its run")
     folder = folder.parent if folder.suffix == ".pt" else folder
     run = load_file(folder / "checkpoint.pt")
     if run["script"] != script:
         raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
-    if "origin" not in run:
+    if not isinstance(run.get("typed"), dict) or "origin" not in run:
         raise UserError(f"{folder} is of an older version: it can be drawn from, but not resumed")
     then = {name: value for name, value in run["config"].items() if name in args.typed}
-    then["precision"] = run["typed"]["precision"]
+    then["precision"] = run["typed"].get("precision", "auto")
     then["channels"] = str(run["generator_args"].get("channels", then["channels"]))
     own = words_of(then, parser)
     before, now = settings_of(parser.parse_args(own)), parser.parse_args([*own, *words])
@@ -995,14 +971,12 @@ def join_ranks(device):
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several processes work with cuda or --device cpu, not {device.type}")
     if not dist.is_initialized():
-        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        if not re.fullmatch(r".+:\d+", place):
-            why = (
-                f"RANK and WORLD_SIZE name {WORLD_SIZE} processes, but MASTER_ADDR and MASTER_PORT"
-            )
-            raise UserError(f"{why} no place to meet: use torchrun, or unset them")
-        waiting = f"waiting for {WORLD_SIZE - 1} more processes at {place}"
-        clock = threading.Timer(10, print, [waiting], {"file": sys.stderr})
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if "?" in place:
+            where = "no MASTER_ADDR and MASTER_PORT where they meet"
+            raise UserError(f"WORLD_SIZE is {WORLD_SIZE}, but {where}: use torchrun, or unset it")
+        waiting = [f"waiting for {WORLD_SIZE - 1} more processes at {place}"]
+        clock = threading.Timer(10, print, waiting, {"file": sys.stderr})
         clock.daemon = True
         clock.start()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -1282,16 +1256,11 @@ class Run:
     def start(self):
         """Say what is about to happen, write what comes first; returns the images, on a GPU if
         they fill no more than a quarter of its free memory."""
-        words = []
-        for name, value in settings_of(self.args).items():
-            if isinstance(value, list):
-                words += [f"--{name}", *map(str, value)]
-            elif value is not None and value is not False:
-                words.append(f"--{name}={value}".removesuffix("=True"))
+        settings = [f"--{n}={v}" for n, v in settings_of(self.args).items() if v is not None]
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
         where = f"on {self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
         span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
-        say(f"settings: python {self.script}.py {shlex.join(words)}\n{self.folder}: {span}")
+        say(f"settings: {self.script}.py {shlex.join(settings)}\n{self.folder}: {span}")
         say(f"G has {counts[0]:,} parameters, D {counts[1]:,}, {where}")
         self.marked = self.saved = time.monotonic()
         self.started = self.marked - self.seconds
@@ -1305,7 +1274,7 @@ class Run:
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
             if self.step == 0:
                 self.write(grid=True, keep=False, save=True)
-                self.read_back()
+                self.read_back(self.folder / "checkpoint.pt")
                 shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
                 save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
@@ -1442,9 +1411,8 @@ class Run:
         if grid and self.writer:
             self.writer.add_images("samples", images, self.step, dataformats="NHWC")
 
-    def read_back(self):
-        """What cannot be loaded again is refused now, not when it is needed."""
-        path = self.folder / "checkpoint.pt"
+    def read_back(self, path):
+        """Refuse now, not when it is needed, a checkpoint that cannot be loaded again."""
         try:
             load_file(path)
         except UserError as error:
@@ -1461,12 +1429,9 @@ class Run:
         base = Path(out or f"runs/{self.script.removeprefix('train_')}-{data}")
         for number in itertools.count(1):
             path = base.with_name(f"{base.name}-{number}") if number > 1 else base
-            try:
+            with contextlib.nullcontext() if out else contextlib.suppress(FileExistsError):
                 path.mkdir(parents=True, exist_ok=bool(out))
                 return path
-            except FileExistsError:  # another run, perhaps of this moment
-                if out:
-                    raise
 
     def restore(self):
         """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
@@ -1478,7 +1443,7 @@ class Run:
                 if isinstance(part, torch.optim.Optimizer):
                     restore_layout(part)
             self.step, self.seconds = int(run["step"]), float(run["seconds"])
-            self.origin = [int(number) for number in run["origin"]]
+            self.origin = [int(run["origin"][i]) for i in range(3)]
             if run["pace"] != [self.steps_per_epoch, self.images_per_step]:
                 self.origin = [self.step, run["epoch"], run["images_seen"]]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

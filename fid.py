@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import os
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,23 +41,25 @@ import generate
 ADDRESS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 WEIGHTS, SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"  # its first digits
 SIDE = 299  # pixels, of the network's input
+INPUT, LARGE = (3, SIDE, SIDE), 3 * SIDE * SIDE * 4  # shape and bytes of one image there
 
 
 def get_args(argv):
     parser = common.Parser(__doc__)
-    add, number = parser.add_argument, common.bounded(int, 1)
+    add, bounded = parser.add_argument, common.bounded
     add("reference", metavar="REFERENCE", help="real images; or any other source, see above")
     add("candidate", metavar="CANDIDATE", nargs="?", help="what to measure: any source")
     add("--save_stats", type=Path, metavar="FILE.npz", help="keep REFERENCE's statistics")
     add("--all", action="store_true", help="every snapshot of the run CANDIDATE: fid.csv, fid.png")
-    add("--img_num", type=number, help="images of a generator; default 10000, with --all 2500")
+    add("--img_num", type=bounded(int, 2), help="of a generator; default 10000, with --all 2500")
     add("--mode", choices=["legacy", "clean"], default="legacy", help="how images get 299 pixels")
-    add("--features", choices=["inception", "random"], default="inception", help="random: a test")
+    test = "random: a test without download, as slow (12 images/s on 2 cores): few images do"
+    add("--features", choices=["inception", "random"], default="inception", help=test)
     add("--weights", type=Path, help=f"instead of the download of {WEIGHTS}")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: faster, less exact")
-    add("--batch_size", type=number, default=32, help="images at a time; changes speed alone")
+    add("--batch_size", type=bounded(int, 1), help="images at once; default 32, on a GPU 128")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--seed", type=common.bounded(int, 0), default=0, help="of a generator's images")
+    add("--seed", type=bounded(int, 0), default=0, help="of a generator's images")
     add("--data_dir", default="data", help="where mnist and cifar10 are, or are downloaded to")
     add("--cache", default=".cache", help="folder for decoded images")
     args = parser.parse_args(argv)
@@ -118,46 +121,33 @@ class Mixed(nn.Module):
 
 
 AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-MAX = nn.MaxPool2d(3, 1, 1)
-HALVE = nn.MaxPool2d(3, 2)
+MAX, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 ROW, COLUMN = (1, 7), (7, 1)  # kernels, as high and wide
 
 
 def mixed_5(before, c):
     return Mixed(
-        before, AVERAGE,
-        branch1x1=[(64, 1)],
-        branch5x5=[(48, 1), (64, 5)],
-        branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
-        branch_pool=[(c, 1)],
-    )  # fmt: skip
+        before, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(c, 1)])  # fmt: skip
 
 
 def mixed_6(c):
     return Mixed(
-        768, AVERAGE,
-        branch1x1=[(192, 1)],
-        branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
+        768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
         branch7x7dbl=[(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)],
-        branch_pool=[(192, 1)],
-    )  # fmt: skip
+        branch_pool=[(192, 1)])  # fmt: skip
 
 
 def mixed_7(before, pool):
+    ends = [(384, (1, 3)), (384, (3, 1))]
     return Mixed(
-        before, pool,
-        branch1x1=[(320, 1)],
-        branch3x3=[(384, 1), [(384, (1, 3)), (384, (3, 1))]],
-        branch3x3dbl=[(448, 1), (384, 3), [(384, (1, 3)), (384, (3, 1))]],
-        branch_pool=[(192, 1)],
-    )  # fmt: skip
+        before, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), ends],
+        branch3x3dbl=[(448, 1), (384, 3), ends], branch_pool=[(192, 1)])  # fmt: skip
 
 
 class Inception(nn.Module):
     """Inception-v3 as TensorFlow's FID has it: (N, 3, 299, 299) in [-1, 1] -> features (N, 2048).
-
-    Szegedy et al., 2015, arXiv:1512.00567; names and details as in pytorch-fid's weights.
-    """
+    Szegedy et al., 2015, arXiv:1512.00567; names and details as in pytorch-fid's weights."""
 
     def __init__(self):
         super().__init__()
@@ -166,19 +156,15 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)  # 147, then halved
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)  # 71, then halved
-        self.Mixed_5b = mixed_5(192, 32)  # 35
-        self.Mixed_5c = mixed_5(256, 64)
+        self.Mixed_5b, self.Mixed_5c = mixed_5(192, 32), mixed_5(256, 64)  # 35
         self.Mixed_5d = mixed_5(288, 64)
         three, double = [(384, 3, 2)], [(64, 1), (96, 3), (96, 3, 2)]
         self.Mixed_6a = Mixed(288, HALVE, branch3x3=three, branch3x3dbl=double, branch_pool=[])
-        self.Mixed_6b = mixed_6(128)  # 17
-        self.Mixed_6c = mixed_6(160)
-        self.Mixed_6d = mixed_6(160)
-        self.Mixed_6e = mixed_6(192)
+        self.Mixed_6b, self.Mixed_6c = mixed_6(128), mixed_6(160)  # 17
+        self.Mixed_6d, self.Mixed_6e = mixed_6(160), mixed_6(192)
         three, seven = [(192, 1), (320, 3, 2)], [(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)]
         self.Mixed_7a = Mixed(768, HALVE, branch3x3=three, branch7x7x3=seven, branch_pool=[])
-        self.Mixed_7b = mixed_7(1280, AVERAGE)  # 8
-        self.Mixed_7c = mixed_7(2048, MAX)
+        self.Mixed_7b, self.Mixed_7c = mixed_7(1280, AVERAGE), mixed_7(2048, MAX)  # 8
 
     def forward(self, h):
         for name, layer in self.named_children():
@@ -186,13 +172,6 @@ class Inception(nn.Module):
             if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
                 h = HALVE(h)
         return h.mean((2, 3))
-
-    def fold(self):
-        """Put each BatchNorm into its convolution: the same function, faster."""
-        for layer in self.modules():
-            if isinstance(layer, Conv):
-                layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
-        return self
 
 
 def load_inception(features="inception", weights=None, device="cpu", precision="fp32"):
@@ -217,45 +196,57 @@ def load_inception(features="inception", weights=None, device="cpu", precision="
                 raise ValueError("damaged: remove it, and it is downloaded again")
             state = torch.load(path, map_location="cpu", weights_only=True)
             net.load_state_dict({k: v for k, v in state.items() if not unused(k)})
-        except Exception as error:  # no file, damaged archives, other objects, wrong shapes
-            reason = " ".join(str(error).split())[:200]
-            raise common.UserError(f"{path} holds no weights of this network ({reason})") from None
+        except Exception as error:  # no file, damaged, wrong shapes, objects that torch would trust
+            reason = "not tensors alone" if "Weights only" in str(error) else str(error)[:200]
+            why = f"{path} holds no weights of this network ({reason or 'empty'})"
+            raise common.UserError(f"{why}: take {ADDRESS}{WEIGHTS}") from None
     content = b"".join(tensor.numpy().tobytes() for tensor in net.state_dict().values())
-    digest = hashlib.sha256(content).hexdigest()[:8]
+    name = f"{features}-{precision}-{hashlib.sha256(content).hexdigest()[:8]}"
+    for layer in net.modules():  # each BatchNorm into its convolution: the same function, faster
+        if isinstance(layer, Conv):
+            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    net = net.fold().to(device, dtype, memory_format=torch.channels_last)
-    return net, f"{features}-{precision}-{digest}"
+    return net.to(device, dtype, memory_format=torch.channels_last), name
 
 
 # --------------------------------------------------------------------------- features, statistics
 
 
+def bilinear(pixels):
+    """uint8 (N, H, W, C), or float32 that it uses up -> (N, 3, 299, 299) in [-1, 1], float32."""
+    images = pixels.permute(0, 3, 1, 2).float().div_(255)
+    return F.interpolate(images, SIDE, mode="bilinear").mul_(2).sub_(1).expand(-1, 3, -1, -1)
+
+
 def to_input(pixels, mode):
-    """uint8 (H, W, 1 or 3) -> float32 (3, 299, 299) about [-1, 1].
+    """uint8 (H, W, 1 or 3) -> float32 (3, 299, 299) about [-1, 1], on the CPU.
 
     "legacy": bilinear, not antialiased, as pytorch-fid; "clean": Pillow's bicubic, antialiased, in
     float, as clean-fid (Parmar et al., 2022, arXiv:2104.11222).
     """
-    if mode == "clean":
-        bands = [Image.fromarray(band) for band in pixels.transpose(2, 0, 1).astype(np.float32)]
-        bands = [np.asarray(band.resize((SIDE, SIDE), Image.BICUBIC)) for band in bands]
-        image = (torch.from_numpy(np.stack(bands)).clamp(0, 255) - 128) / 128
-    else:
-        image = torch.tensor(pixels).permute(2, 0, 1).float()[None] / 255
-        image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", align_corners=False)[0] * 2 - 1
-    return image.expand(3, SIDE, SIDE)
+    if mode == "legacy":
+        return bilinear(torch.from_numpy(pixels.astype(np.float32))[None])[0]
+    bands = (Image.fromarray(band.astype(np.float32)) for band in pixels.transpose(2, 0, 1))
+    bands = [np.asarray(band.resize((SIDE, SIDE), Image.BICUBIC)) for band in bands]
+    return ((torch.from_numpy(np.stack(bands)).clamp(0, 255) - 128) / 128).expand(INPUT)
+
+
+def prepared(image, mode):
+    """to_input of an image, on the CPU, where it must be or saves memory; else the image itself."""
+    late = image.shape == INPUT or (mode == "legacy" and image.nbytes <= LARGE)
+    return image if late else to_input(image, mode)
 
 
 class Moments:
     """Mean and covariance of rows as they pass, float64; memory does not grow with their number."""
 
-    def __init__(self, d=2048):
-        self.n, self.mean = 0, torch.zeros(d, dtype=torch.float64)
-        self.scatter = torch.zeros(d, d, dtype=torch.float64)  # n - 1 times the covariance
+    def __init__(self, d=2048, device="cpu"):
+        self.n, self.mean = 0, torch.zeros(d, dtype=torch.float64, device=device)
+        self.scatter = self.mean.new_zeros(d, d)  # n - 1 times the covariance
 
     def add(self, rows):
         """Take in rows (n, d); Chan et al., 1983."""
-        rows, n = rows.double(), self.n + len(rows)
+        rows, n = rows.to(self.mean.device).double(), self.n + len(rows)
         mean = rows.mean(0)
         centred, shift = rows - mean, mean - self.mean
         self.scatter.addmm_(centred.T, centred).addr_(shift, shift, alpha=self.n * len(rows) / n)
@@ -263,28 +254,35 @@ class Moments:
         self.n = n
 
 
-def feature_stats(images, net=None, mode="legacy", batch_size=32):
+def feature_stats(images, net=None, mode="legacy", batch_size=None, source="images", total=None):
     """Mean (2048,), covariance (2048, 2048) and number of the features of images, in float64.
 
-    images: a uint8 array (N, H, W, C), or any iterable of (H, W, C) of any sizes, C 1 or 3.
-    net: of load_inception; mode: see to_input. UserError for fewer than two.
+    images: a uint8 array (N, H, W, C), or any iterable of (H, W, C) of any sizes, C 1 or 3, or of
+    what to_input makes of them. net: of load_inception; mode: see to_input; batch_size: 32 on a
+    CPU, else 128. `source` and `total` are for the progress. UserError for fewer than two images.
     """
     net = net or load_inception()[0]
-    weight, blank = next(net.parameters()), torch.zeros(3, SIDE, SIDE)
-    moments, images = Moments(), iter(images)
-    prepare = lambda pixels: to_input(pixels, mode)
+    weight = next(net.parameters())
+    batch_size = batch_size or (32 if weight.device.type == "cpu" else 128)
+    inputs = weight.new_empty(batch_size, *INPUT).to(memory_format=torch.channels_last)
+    moments = Moments(device=weight.device if weight.is_cuda else "cpu")  # mps has no float64
+    prepare, images = lambda image: prepared(image, mode), iter(images)
+    say = lambda: f"{source}: features of {moments.n:,}{f' of {total:,}' if total else ''} images"
     with ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad(), common.exact():
-        while part := list(itertools.islice(images, batch_size)):
-            # always full batches, since rounding may depend on their size
-            batch = [*pool.map(prepare, part), *[blank] * (batch_size - len(part))]
-            inputs = torch.stack(batch).to(weight.device, weight.dtype)
-            features = net(inputs.contiguous(memory_format=torch.channels_last))
-            moments.add(features[: len(part)].cpu())
-            common.progress(f"features of {moments.n:,} images")
-    common.progress(f"features of {moments.n:,} images", last=True)
+        while part := list(pool.map(prepare, itertools.islice(images, batch_size))):
+            common.progress(say())
+            end = 0
+            for shape, group in itertools.groupby(part, lambda image: tuple(image.shape)):
+                group = torch.from_numpy(np.stack([*group]))
+                group = group.to(weight.device, non_blocking=weight.is_cuda)
+                start, end = end, end + len(group)
+                inputs[start:end] = group if shape == INPUT else bilinear(group)
+            inputs[end:] = 0  # always full batches, since rounding may depend on their size
+            moments.add(net(inputs)[:end])
+    common.progress(say(), last=True)
     if moments.n < 2:
         raise common.UserError("statistics need two images or more")
-    return moments.mean.numpy(), moments.scatter.div_(moments.n - 1).numpy(), moments.n
+    return moments.mean.cpu().numpy(), moments.scatter.div_(moments.n - 1).cpu().numpy(), moments.n
 
 
 # -------------------------------------------------------------------------------------- distance
@@ -324,66 +322,80 @@ SETTINGS = ("size", "channels", "mode", "features")  # must agree; size 0: every
 
 
 def is_generator(source):
-    return source.suffix == ".pt" or (source / "checkpoint.pt").is_file()
+    return source.suffix == ".pt" or common.is_run(source)
 
 
 def images_of(source, like, label, args):
-    """The images of a source, a word of the command line: uint8 (H, W, C), one by one.
+    """Of a source, a word of the command line: how many images it may have, then the images.
 
-    `like`: (image_size, channels) to crop and resize to, as for training; or None: own sizes.
-    `label`: the classes of a data set that count, or None. A bare "mnist" is the data set.
+    They are uint8 (H, W, C), or what `prepared` makes of them. A bare "mnist" is the data set.
+    `like`: (image_size, channels) as for training, None: own sizes; `label`: classes or None.
     """
+    names, labels = [], None
     if source in common.DATASETS:
         size, channels = like or (None, "auto")
         images, labels = common.read_dataset(source, args.data_dir, size, str(channels))
-        yield from images[np.isin(labels, label)] if label else images
+        names = [str(number) for number in range(labels.max() + 1)]
     elif is_generator(Path(source)):
         (G, z), numbers = generate.load_generator(source, args.device), range(args.img_num)
+        yield args.img_num
         for i in range(0, args.img_num, common.CHUNK):
             yield from generate.sample(G, z, numbers[i : i + common.CHUNK], args.seed)
+        return
     elif like:
-        yield from common.load_images(source, like[0], str(like[1]), args.cache)
+        images = common.load_images(source, like[0], str(like[1]), args.cache)
+        names, labels = common.classes_of(images.names)
     else:
         files, open_image = common.image_files(source)
-        for pixels, error in common.decoded([name for name, *_ in files], open_image):
+        yield len(files)
+        work = lambda file: prepared(common.decode(file), args.mode)  # many large ones fill memory
+        for name, (image, error) in zip(files, common.decoded([*files], open_image, work)):
             if error:
-                print(f"skipped: {error}", file=sys.stderr)
+                print(f"skipped: {name}: {error}", file=sys.stderr)
             else:
-                yield pixels
+                yield image
+        return
+    if label and labels is not None:
+        print(f"{source}: only the classes count that the run has learned: {' '.join(label)}")
+        images = images[np.isin(labels, common.class_numbers(label, names))]
+    yield from itertools.chain([len(images)], images)
 
 
-def stats_of(source, net, like, label, settings, args):
-    """Statistics of a source: a dict of mu, sigma, n and `settings` (see SETTINGS)."""
-    if source.endswith(".npz"):
-        return read_stats(source, settings)
+def opened(source, net, like, label, settings, args):
+    """Look at a source, to fail early; returns what makes a dict of mu, sigma, n, `settings`."""
     images = images_of(source, like, label, args)
-    mu, sigma, n = feature_stats(images, net, args.mode, args.batch_size)
-    return {"mu": mu, "sigma": sigma, "n": n, **settings}
+    total, *first = itertools.islice(images, 3)
+    if len(first) < 2:
+        raise common.UserError(f"{source} has {len(first)} images to read: FID needs two or more")
+    options = net, args.mode, args.batch_size, source, total
+    measured = lambda: feature_stats(itertools.chain(first, images), *options)
+    return lambda: dict(zip(("mu", "sigma", "n"), measured())) | settings
 
 
 def read_stats(path, settings):
-    """Statistics out of an .npz; a mismatch with `settings` is a UserError.
-
-    Files of pytorch-fid and TTUR hold mu and sigma alone: they are taken on trust, and it is said.
-    """
+    """Statistics out of an .npz; UserError where they are none, or do not fit `settings`.
+    Files of pytorch-fid and TTUR hold mu and sigma alone: taken on trust, and it is said."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no .npz archive, or cut short")
         with np.load(path, allow_pickle=False) as file:
-            stats = {name: file[name] for name in file.files}
-        mu, sigma = stats["mu"], stats["sigma"]
-        if mu.shape != (2048,) or sigma.shape != (2048, 2048):
-            raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError("values that are not finite")
+            stats = {name: file[name] for name in ("mu", "sigma", *file.files)}
         stats |= {name: stats[name].item() for name in ("n", *SETTINGS) if name in stats}
-        if not isinstance(stats.get("n", 0), int):
-            raise ValueError(f"n is {stats['n']!r}")
+        mu, sigma, n = stats["mu"], stats["sigma"], stats.get("n", 2)
+        kinds = mu.shape, sigma.shape, mu.dtype.kind, sigma.dtype.kind
+        if kinds != ((2048,), (2048, 2048), "f", "f") or not isinstance(n, int) or n < 2:
+            raise ValueError(f"mu {mu.shape} {mu.dtype}, sigma {sigma.shape} {sigma.dtype}, n {n}")
+        noise = 1e-6 * np.trace(sigma) + 1e-30  # of rounding to float32; more than 0 for cholesky
+        finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+        if not finite or abs(sigma - sigma.T).max() > noise:
+            raise ValueError("values that are not finite, or sigma is no covariance")
+        np.linalg.cholesky(sigma + noise * np.eye(2048))  # a LinAlgError: not positive definite
     except Exception as error:  # whatever numpy stumbles on
         raise common.UserError(f"{path} holds no statistics ({error})") from None
     for name, ours in settings.items():
         if stats.get(name, ours) != ours:
-            cure = "make it anew with --save_stats beside this candidate and with these flags"
-            why = f"{path} has {name} {stats[name]}, not {ours} as needed here"
-            raise common.UserError(f"{why}: {cure}")
+            why = f"{path} has {name} {stats[name]}, not {ours} as needed here: make it anew"
+            raise common.UserError(f"{why} with --save_stats, beside this candidate and flags")
     if "n" not in stats:
         print(f"{path} does not say where it comes from: n, size, mode and features unchecked")
     return {"n": 0, **settings, **stats}
@@ -409,21 +421,17 @@ def compare(reference, candidate, names):
 
 def measure_all(run, reference, net, like, settings, args):
     """The FID of each snapshot of a run, into fid.csv and fid.png of its folder."""
-    steps, fids, lines, snapshots = [], [], ["snapshot,step,fid\n"], snapshots_of(run)
+    steps, fids, lines = [], [], ["snapshot,step,fid\n"]
+    snapshots = common.by_epoch(run.glob("generator_*.pt"))
     for path in snapshots:
-        stats = stats_of(str(path), net, like, None, settings, args)
+        stats = opened(str(path), net, like, None, settings, args)()
         steps.append(common.load_file(path).get("step", 0))
         fids.append(compare(reference, stats, (args.reference, path)))
         lines.append(f"{path.name},{steps[-1]},{fids[-1]:.6f}\n")
         common.write_file(run / "fid.csv", "".join(lines).encode())
     title = f"FID to {args.reference}, {args.img_num:,} samples, {settings['features']}"
     common.save_curves([(title, steps, {"": fids})], run / "fid.png", "steps")
-    best = min(fids)
-    print(f"best: {snapshots[fids.index(best)]}, {best:.4f}; all in {run}/fid.csv and fid.png")
-
-
-def snapshots_of(run):
-    return common.by_epoch(run.glob("generator_*.pt"))
+    print(f"best: {snapshots[np.argmin(fids)]}, {min(fids):.4f}; all in {run}/fid.csv and fid.png")
 
 
 def facts_of(run):
@@ -435,14 +443,15 @@ def facts_of(run):
 
 def check_places(args):
     """UserError, before hours of work, for what would fail after them."""
-    for source in filter(None, (args.reference, args.candidate)):
+    for source in [name for name in (args.reference, args.candidate) if name is not None]:
         if source in common.DATASETS and Path(source).exists():
             print(f"{source} is the data set; for what lies here by that name type ./{source}")
-        elif source not in common.DATASETS and not Path(source).exists():
-            raise common.UserError(f"{source} does not exist: name a folder, a .zip, a run, ...")
-    if args.save_stats and not args.save_stats.parent.is_dir():
-        raise common.UserError(f"--save_stats {args.save_stats}: there is no such folder")
-    if args.all and not (args.candidate and snapshots_of(Path(args.candidate))):
+        elif source not in common.DATASETS and not (source and Path(source).exists()):
+            name = source or "an empty word"
+            raise common.UserError(f"{name} does not exist: name a folder, a .zip, a run, ...")
+    if args.save_stats and not os.access(args.save_stats.parent, os.W_OK):
+        raise common.UserError(f"--save_stats {args.save_stats}: no such folder to write in")
+    if args.all and not (args.candidate and any(Path(args.candidate).glob("generator_*.pt"))):
         raise common.UserError("--all needs a run's folder with snapshots as CANDIDATE")
 
 
@@ -457,27 +466,28 @@ def main():
         like, label = facts[0] if facts else (None, None)
         if any(shape != like for shape, _ in facts):
             raise common.UserError(f"the generators differ in (size, channels): {facts}")
-        if label and len(paths) < len(sources):
-            print(f"only the classes that the run was trained on count: {label}")
-
         net, settings, stats = None, {}, {}
         if not all(name.endswith(".npz") for name in sources):
             net, features = load_inception(args.features, args.weights, args.device, args.precision)
             settings = dict(zip(SETTINGS, (*(like or (0, 0)), args.mode, features), strict=True))
         if args.all:
             sources.pop()  # its snapshots are measured one by one
-        for name in sorted(sources, key=lambda name: not name.endswith(".npz")):  # fails early
-            stats[name] = stats_of(name, net, like, label, settings, args)
+        for name in [name for name in sources if name.endswith(".npz")]:  # fails early
+            stats[name] = read_stats(name, settings)
             settings = settings or {k: v for k, v in stats[name].items() if k in SETTINGS}
-        reference = stats[sources[0]]
-        if args.save_stats:
-            with common.replacing(args.save_stats) as temporary, temporary.open("wb") as file:
-                np.savez(file, **reference)
-            print(f"{args.save_stats}: statistics of {args.reference}")
-        if args.all:
-            measure_all(Path(args.candidate), reference, net, like, settings, args)
-        elif args.candidate:
-            compare(reference, stats[sources[1]], sources)
+        jobs = {x: opened(x, net, like, label, settings, args) for x in sources if x not in stats}
+        stats |= {name: job() for name, job in jobs.items()}
+        reference = stats[args.reference]
+        try:
+            if args.all:
+                measure_all(Path(args.candidate), reference, net, like, settings, args)
+            elif args.candidate:
+                compare(reference, stats[args.candidate], sources)
+        finally:  # a disk that is full must not cost the figure, nor Ctrl-C the statistics
+            if args.save_stats:
+                with common.replacing(args.save_stats) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **reference)
+                print(f"{args.save_stats}: statistics of {args.reference}")
 
 
 if __name__ == "__main__":

@@ -28,18 +28,17 @@ FRAMES = 10  # of each interpolation, both ends included
 def get_args(argv):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.bounded(int, 1)
-    place = lambda text: Path(common.home(text))
-    add("--load_path", type=place, help="run folder or snapshot .pt; default: the newest run")
+    add("--load_path", type=Path, help="run folder or snapshot .pt; default: the newest run")
     add("--img_num", type=number, default=16, help="single images")
     add("--grid_size", type=number, help="n for a grid of n * n; default: those of --img_num")
-    add("--save_path", type=place, help="folder for single images; default: generated/<run>")
+    add("--save_path", type=Path, help="folder for single images; default: generated/<run>")
     add("--seed", type=common.bounded(int, 0), default=0, help="image i follows from (seed, i)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--label", help="of this class only, a number or name, where G knows classes")
     add("--interpolate", action="store_true", help="also ways from image to image, and as a GIF")
-    add("--nearest", type=common.home, metavar="IMAGES",
+    add("--nearest", metavar="IMAGES",
         help="also each beside the nearest of this folder or .zip")  # fmt: skip
-    add("--cache", type=common.home, default=".cache", help="for decoded images of --nearest")
+    add("--cache", default=".cache", help="for decoded images of --nearest")
     return parser.parse_args(argv)
 
 

@@ -191,7 +191,10 @@ def test_other_weights_are_refused(change, imgs, monkeypatch, capsys):
     elif change == "absent":
         Path("w.pth").unlink()
     error = refused(monkeypatch, capsys, imgs, imgs, "--weights", "w.pth")
-    assert "w.pth" in error
+    reason = {"shape": "size mismatch", "pickle": "not tensors alone", "text": "not tensors alone"}
+    reason |= {"missing": "Missing key", "unexpected": "Unexpected key", "absent": "No such file"}
+    assert "w.pth holds no weights of this network" in error and reason[change] in error
+    assert fid.ADDRESS + fid.WEIGHTS in error and "weights_only" not in error
 
 
 def test_offline_it_says_where_to_put_the_weights(imgs, tmp_path, monkeypatch, capsys):
@@ -293,6 +296,77 @@ def test_the_number_of_images_at_a_time_and_their_neighbours_change_nothing(net)
     np.testing.assert_allclose(sigma, np.cov(np.array(rows).T), atol=1e-10 * sigma.max())
     with pytest.raises(common.UserError, match="two images"):
         fid.feature_stats(images[:1], net)
+
+
+@pytest.mark.parametrize("mode", ["legacy", "clean"])
+def test_images_of_all_sizes_are_as_when_each_is_prepared_alone(mode, small, monkeypatch):
+    """Those of one size are resized together, large ones in threads: the same features."""
+    rng = np.random.default_rng(0)
+    shapes = [(20, 30, 3), (20, 30, 3), (20, 30, 1), (700, 600, 3), (20, 30, 3), (299, 299, 1)]
+    images = [rng.integers(256, size=shape, dtype=np.uint8) for shape in shapes]
+    net, _ = fid.load_inception("random")
+    device, seen = common.choose_device("auto"), []
+    net.to(device).register_forward_pre_hook(lambda _, x: seen.append(x[0].cpu().clone()))
+    fid.feature_stats(images, net, mode, 4)
+    expected = torch.stack([fid.to_input(image, mode) for image in images])
+    torch.testing.assert_close(torch.cat(seen)[:6], expected, rtol=0, atol=1e-6)
+    assert len(seen) == 2 and len(seen[1]) == 4 and (seen[1][2:] == 0).all()
+    resized = []
+    interpolate = F.interpolate
+    count = lambda x, *a, **k: resized.append(len(x)) or interpolate(x, *a, **k)
+    monkeypatch.setattr(F, "interpolate", count)
+    fid.feature_stats([images[0]] * 6, net, "legacy", 4)
+    assert resized == [4, 2]
+
+
+def test_on_a_gpu_it_resizes_sums_and_does_not_wait(small):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU, and no stand-in for one")
+    net, _ = fid.load_inception("random", device="cuda")
+    images = np.random.default_rng(0).integers(256, size=(40, 20, 20, 3), dtype=np.uint8)
+    copied, move = [], torch.Tensor.to
+
+    def noting(tensor, *args, **options):
+        moved = move(tensor, *args, **options)
+        if moved.is_cuda and not tensor.is_cuda:
+            copied.append(tensor.dtype)
+        return moved
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", noting)
+        mu, sigma, n = fid.feature_stats(images, net, batch_size=8)
+    assert n == 40 and copied == [torch.uint8] * 5
+    on_cpu = fid.feature_stats(images, net.to("cpu"), batch_size=8)
+    np.testing.assert_allclose(mu, on_cpu[0], rtol=1e-4)
+    np.testing.assert_allclose(sigma, on_cpu[1], rtol=1e-3, atol=1e-5 * sigma.max())
+    if "standin_gpu" not in sys.modules:
+        return
+    waits = []
+    for count in (40, 80):
+        before = sys.modules["standin_gpu"].counts()
+        fid.feature_stats(np.resize(images, (count, 20, 20, 3)), net.to("cuda"), batch_size=8)
+        after = sys.modules["standin_gpu"].counts()
+        kinds = ("scalars", "d2h", "h2d_blocking")
+        waits.append(sum(after[kind] - before[kind] for kind in kinds))
+    assert waits[1] - waits[0] <= 5  # once in each of the five batches more
+
+
+def test_photographs_are_never_held_whole(small, monkeypatch):
+    """64 at a time are decoded, and as many wait: as what the network sees, not as they are."""
+    Path("photos").mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(1000, 1500, 3), dtype=np.uint8)
+    for i in range(4):
+        Image.fromarray(np.roll(pixels, i, 0)).save(f"photos/{i}.png")
+    taken, stats = [], fid.feature_stats
+
+    def noting(images, *options):
+        taken.extend(images)
+        return stats(taken, *options)
+
+    monkeypatch.setattr(fid, "feature_stats", noting)
+    call(monkeypatch, "photos", "--save_stats", "x.npz", "--features", "random")
+    assert [tuple(image.shape) for image in taken] == [fid.INPUT] * 4
+    assert torch.equal(taken[1], fid.to_input(np.roll(pixels, 1, 0), "legacy"))
 
 
 # -------------------------------------------------------------------------------------- distance
@@ -422,6 +496,85 @@ def test_damaged_statistics_are_one_line(monkeypatch, capsys):
     np.savez("many.npz", **good, n=np.arange(3))
     for name in ("many", "shape", "small", "nan", "missing", "pickled", "cut", "text", "absent"):
         assert f"{name}.npz" in refused(monkeypatch, capsys, f"{name}.npz", "good.npz")
+    assert "no .npz archive" in refused(monkeypatch, capsys, "text.npz", "good.npz")
+    assert "sigma is not a file" in refused(monkeypatch, capsys, "missing.npz", "good.npz")
+
+
+def test_what_is_no_covariance_is_refused(monkeypatch, capsys):
+    """These gave an FID of 0.0000, or a traceback."""
+    rows = np.random.default_rng(0).normal(size=(30, 2048))
+    mu, sigma = rows.mean(0), np.cov(rows.T)
+    askew, indefinite = sigma.copy(), sigma.copy()
+    askew[0, 1] += sigma[0, 0]
+    indefinite[0, 1] = indefinite[1, 0] = 3 * sigma[:2, :2].max()
+    np.savez("good.npz", mu=mu, sigma=sigma, n=30)
+    np.savez("negated.npz", mu=mu, sigma=-sigma)
+    np.savez("askew.npz", mu=mu, sigma=askew)
+    np.savez("indefinite.npz", mu=mu, sigma=indefinite)
+    np.savez("complex.npz", mu=mu, sigma=sigma + 1j)
+    np.savez("words.npz", mu=mu.astype(str), sigma=sigma)
+    for n in (-5, 0, 1, 2.5, True):
+        np.savez(f"n{n}.npz", mu=mu, sigma=sigma, n=n)
+    bad = ["negated", "askew", "indefinite", "complex", "words"]
+    bad += ["n-5", "n0", "n1", "n2.5", "nTrue"]
+    for name in bad:
+        for pair in ([f"{name}.npz", "good.npz"], ["good.npz", f"{name}.npz"]):
+            assert f"{name}.npz holds no statistics" in refused(monkeypatch, capsys, *pair)
+    np.savez("single.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))  # sound
+    np.savez("zero.npz", mu=mu, sigma=0 * sigma)  # of images that are all the same
+    call(monkeypatch, "single.npz", "good.npz")
+    assert number(capsys.readouterr().out) < 1e-4 * np.trace(sigma)
+    call(monkeypatch, "zero.npz", "good.npz")
+    assert number(capsys.readouterr().out) == pytest.approx(np.trace(sigma), rel=1e-6)
+
+
+@pytest.mark.parametrize("candidate", ["empty", "one", "damaged"])
+def test_too_few_images_are_named_before_any_work(candidate, imgs, small, monkeypatch, capsys):
+    for name in ("empty", "one", "damaged"):
+        Path(name).mkdir()
+    (imgs / "001.png").rename("one/001.png")
+    for name in "abc":
+        Path(f"damaged/{name}.png").write_bytes(b"no image")
+    monkeypatch.setattr(fid, "feature_stats", lambda *_: pytest.fail("refused before any work"))
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, imgs, candidate, "--features", "random")
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    found = {"empty": "no images in empty", "one": "one has 1 images", "damaged": "damaged has 0"}
+    assert found[candidate] in error
+
+
+def test_the_figure_comes_before_statistics_that_cannot_be_written(
+    imgs, small, monkeypatch, capsys
+):
+    monkeypatch.setattr(fid, "frechet_distance", lambda *_: 1.25)
+    Path("taken.npz").mkdir()
+    how = ("--features", "random", "--batch_size", "8")
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, imgs, imgs, "--save_stats", "taken.npz", *how)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and "cannot write taken.npz" in captured.err
+    assert number(captured.out) == 1.25
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fid, "compare", stopped)
+    with pytest.raises(SystemExit) as exit:  # stopped: the statistics are kept
+        call(monkeypatch, imgs, imgs, "--save_stats", "kept.npz", *how)
+    assert exit.value.code == 130 and Path("kept.npz").exists()
+
+
+def test_progress_says_of_what_and_how_many(imgs, small, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "frechet_distance", lambda *_: 1.0)
+    zipped = zipfile.ZipFile("other.zip", "w")
+    for file in sorted(imgs.glob("*.png"))[:5]:
+        zipped.write(file)
+    zipped.close()
+    call(monkeypatch, imgs, "other.zip", "--features", "random")
+    out = capsys.readouterr().out
+    assert "imgs: features of 24 of 24 images" in out
+    assert "other.zip: features of 5 of 5 images" in out
 
 
 def test_a_curve_over_the_snapshots(imgs, small, monkeypatch, capsys):
@@ -498,6 +651,9 @@ def test_a_run_of_some_classes_is_compared_with_those(small, monkeypatch, capsys
         (["imgs"], "add a CANDIDATE"),
         (["imgs", "--save_stats", "x.txt"], "must end with .npz"),
         (["imgs", "nowhere"], "nowhere does not exist"),
+        (["", "imgs"], "an empty word does not exist"),
+        (["imgs", "", "--save_stats", "x.npz"], "an empty word does not exist"),
+        (["imgs", "imgs", "--img_num", "1"], "'1' is no int of 2 or more"),
         (["imgs", "imgs", "--all"], "needs a run's folder"),
         (["imgs", "--all", "--save_stats", "x.npz"], "needs a run's folder"),
         (["x.npz", "imgs", "--save_stats", "y.npz"], "holds statistics already"),
