@@ -406,7 +406,7 @@ BAD = {
     "--resume=run --width=8": "--width is 4 in run and cannot change on --resume",
     "--resume=run --out=other": "omit --out and --config",
     "--config=unknown.ini": "--config unknown.ini: unknown setting 'epoch' (known: ",
-    "--config=wrong.ini": "--config wrong.ini: argument --epochs: 'many' is no int from 1 to 1000000000",
+    "--config=wrong.ini": "--config wrong.ini: argument --epochs: 'many' is no int from 1",
     "--config=broken.ini": "--config broken.ini: Source contains parsing errors",
     "--config=switch.ini": "--config switch.ini: argument --flip/--no-flip: write true or false",
     "--path=imgs --out=imgs": "--out imgs lies in --path: its pictures would be trained on",
@@ -511,20 +511,6 @@ def test_moments_in_another_layout_resume_to_the_same_bits(imgs):
     torch.save(content, run / "checkpoint.pt")
     train_dcgan.train(resume=run, epochs=2)
     assert_same_run(whole, run)
-
-
-def test_a_second_process_in_a_runs_folder_ends_at_once(imgs, capsys):
-    """A lock that a killed process leaves behind blocks nothing."""
-    run = train_dcgan.train(**SMALL | {"epochs": 1}, out="run")
-    flags = [sys.executable, "-u", str(ROOT / "train_dcgan.py"), "--resume=run", "--epochs=100000"]
-    first = subprocess.Popen(flags, stdout=subprocess.PIPE, text=True)
-    while "an epoch" not in first.stdout.readline():
-        assert first.poll() is None
-    error = command(*flags, code=2).stderr
-    assert error.startswith("error: another process trains in run") and error.count("\n") == 1
-    first.kill()
-    first.communicate()
-    train_dcgan.train(resume=run, epochs=common.load_file(run / "checkpoint.pt")["step"] // 3 + 1)
 
 
 def test_a_run_goes_on_in_the_same_process_after_an_error_in_a_copy(imgs, monkeypatch):
