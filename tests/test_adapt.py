@@ -624,3 +624,199 @@ def test_each_image_comes_with_its_class_in_two_processes():
     assert all(len(real) == len(y) == 6 for real, y in batches)
     assert_classes_fit(batches[:4], [*range(CLASSES)])  # an epoch
     assert_classes_fit(batches[4:], [*range(CLASSES)])
+
+
+# ------------------------------------------------------------- on a GPU: recorded or said why not
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no GPU here, nor the stand-in for one: -p standin_gpu with ../shared/gpu on PYTHONPATH",
+)
+CALL = "        stats = step(G, D, opt_d, opt_g, augment, real, penalize, args)\n"
+SIGNATURE = "augment, real, penalize, args):\n"
+ALSO = "augment, real, penalize, args, weight):\n"  # one argument more
+FIRST = "layers = norm_layer(norm, self.widths[0]) + [nn.LeakyReLU(alpha, inplace=True)]\n"
+LOSS_G = "    loss_g = F.softplus(-logits_fake_g).mean()\n"
+BACKWARD = "        objective.backward()\n"
+DRAWN = "torch.randn(len(x), args.z_dim, device=x.device)"
+ADAM = "torch.optim.Adam({}.parameters(), args.{}, (args.beta1, 0.999), fused=True)"
+ADAMS = [ADAM.format("D", "lrd"), ADAM.format("G", "lrg")]
+
+
+def optimizers(text):
+    return {adam: text.format(*pair) for adam, pair in zip(ADAMS, (("D", "lrd"), ("G", "lrg")))}
+
+
+def call(before, argument=""):
+    return {CALL: f"        {before}\n" + CALL.replace("args)", f"args{argument})")}
+
+
+def weighed(weight):
+    """G's loss times a weight."""
+    return {LOSS_G: LOSS_G.replace("F.", f"{weight} * F.")}
+
+
+def given(value):
+    return weighed("weight") | {SIGNATURE: ALSO} | call(f"weight = {value}", ", weight")
+
+
+GROWS, ON_DEVICE = "1 + run.step / 2", "torch.full((), 1 + run.step / 2, device=device)"
+CHANGES = "{} changes between calls: make it a 0-d tensor"
+IMPORT = "import common\n"
+# what is changed in the script, and why it cannot be recorded; None: it can, and is
+COPIES = {
+    "nothing": ({}, None),
+    "an argument that grows": (given(GROWS), CHANGES.format("weight")),
+    "an argument that is a numpy number": (
+        {"import sys\n": "import sys\nimport numpy as np\n"} | given(f"np.float32({GROWS})"),
+        CHANGES.format("weight"),
+    ),
+    "an attribute of args that grows": (
+        weighed("args.weight") | call(f"args.weight = {GROWS}"),
+        CHANGES.format("weight"),
+    ),
+    "a global that grows": (
+        weighed("WEIGHT") | {"TARGET, MOST": "WEIGHT = 1.0\nTARGET, MOST"}
+        | call(f'globals()["WEIGHT"] = {GROWS}'),
+        CHANGES.format("WEIGHT"),
+    ),
+    "a global of a helper that grows": (
+        {LOSS_G: "    loss_g = loss_of(logits_fake_g)\n",
+         "TARGET, MOST": "WEIGHT = 1.0\n\n\ndef loss_of(logits):\n"
+         "    return WEIGHT * F.softplus(-logits).mean()\n\n\nTARGET, MOST"}
+        | call(f'globals()["WEIGHT"] = {GROWS}'),
+        CHANGES.format("WEIGHT"),
+    ),
+    "a number in a buffer's place": (
+        weighed("augment.weight") | call(f"augment.weight = {GROWS}"),
+        CHANGES.format("weight"),
+    ),
+    "a tensor on the GPU that grows": (given(ON_DEVICE), None),
+    "a tensor on the CPU that grows": (given(f"torch.tensor({GROWS})"), None),
+    "a tensor in args, new each step": (
+        weighed("args.weight") | call(f"args.weight = {ON_DEVICE}"),
+        CHANGES.format("weight"),
+    ),
+    "a tensor in args, on the CPU, refilled": (
+        weighed("args.weight") | {Z: "    args.weight = torch.tensor(1.0)\n" + Z}
+        | call(f"args.weight.fill_({GROWS})"),
+        CHANGES.format("weight"),
+    ),
+    "a tensor in args, on the GPU, refilled": (
+        weighed("args.weight") | {Z: "    args.weight = torch.ones((), device=device)\n" + Z}
+        | call(f"args.weight.fill_({GROWS})"),
+        None,
+    ),
+    "True and False by turns": (
+        weighed("(3 if weight else 1)") | {SIGNATURE: ALSO}
+        | call("weight = run.step % 3 == 0", ", weight"),
+        None,
+    ),
+    ".item() in the step": ({LOSS_G: LOSS_G + "    loss_g = loss_g * loss_d.item()\n"}, ""),
+    "a number drawn on the CPU": (
+        {LOSS_G: LOSS_G + "    loss_g = loss_g * (1 + torch.rand(1).item())\n"}, "",
+    ),
+    "noise drawn on the CPU": ({DRAWN: "torch.randn(len(x), args.z_dim).to(x.device)"}, ""),
+    "a branch on a tensor": (
+        {LOSS_G: LOSS_G + "    if loss_d > 1:\n        loss_g = 2 * loss_g\n"}, "",
+    ),
+    "SGD": (optimizers("torch.optim.SGD({}.parameters(), args.{}, momentum=0.5)"), None),
+    "RMSprop": (optimizers("torch.optim.RMSprop({}.parameters(), args.{})"), None),
+    "Adam, not fused": (optimizers("torch.optim.Adam({}.parameters(), args.{})"), None),
+    "Adagrad, which counts on the CPU": (
+        optimizers("torch.optim.Adagrad({}.parameters(), args.{}, lr_decay=0.1)"), "",
+    ),
+    "dropout in G": (
+        {FIRST: FIRST.replace("[nn", "[nn.Dropout(0.3), nn")},
+        None,
+    ),
+    "spectral norm in G": (SPECTRAL, None),
+    "clipped gradients": (
+        {BACKWARD: BACKWARD + "        nn.utils.clip_grad_norm_(D.parameters(), 0.5)\n"}, None,
+    ),
+}  # fmt: skip
+FALLING = {  # with --lr_decay 0.5: a rate that the step reads as a number cannot change
+    "nothing": None,
+    "SGD": CHANGES.format("lr"),
+    "RMSprop": None,
+    "Adam, not fused": None,
+}
+
+
+def replayed():
+    return gpu_first.STANDIN.counts()["replays"] if gpu_first.STANDIN else math.nan
+
+
+def assert_close(a, b):
+    """The weights of two runs: on the stand-in graphs differ by rounding."""
+    a, b = (common.load_file(Path(run, "checkpoint.pt")) for run in (a, b))
+    assert a["step"] == b["step"]
+    for net in ("G", "D", "G_ema"):
+        for name, value in a[net].items():
+            torch.testing.assert_close(value, b[net][name], rtol=0, atol=1e-5)
+
+
+def recorded_and_plain(mine, why, out, *flags):
+    """Train with the graph, in two parts too, and without: all end alike. Returns the runs."""
+    flags = [*SMALL, "--epochs=4", "--precision=fp32", "--device=cuda", *flags]
+    flags += [] if "--dataset=glyphs" in flags else ["--path=imgs"]
+    before, steps = replayed(), 12
+    graph = mine.train(*flags, "--out=graph")
+    times = replayed() - before
+    lines = [line for line in out().splitlines() if "no CUDA graph" in line]
+    if why is None:
+        assert lines == [] and (times > steps / 3 or not gpu_first.STANDIN)
+    else:
+        (line,) = lines
+        assert line.startswith("WARNING: no CUDA graph of train_step") and why in line
+        assert len(line.partition("as long: ")[2]) > 20  # a reason
+        assert times == 0 or not gpu_first.STANDIN
+    before = replayed()
+    plain = mine.train(*flags, "--out=plain", "--no-graph")
+    assert replayed() == before or not gpu_first.STANDIN
+    assert "no CUDA graph" not in out()
+    assert_close(graph, plain)
+    parts = mine.train(*flags, "--out=parts", "--epochs=2")
+    mine.train(f"--resume={parts}", "--epochs=4")
+    assert_same_run(graph, parts)
+    return graph, plain
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_ends_as_its_plain_form_recorded_or_not(name, capsys):
+    change, why = COPIES[name]
+    recorded_and_plain(adapt(change, most=9), why, lambda: capsys.readouterr().out)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FALLING)
+def test_a_falling_rate_is_read_by_the_graph_or_ends_it(name, capsys):
+    out = lambda: capsys.readouterr().out
+    recorded_and_plain(adapt(COPIES[name][0], most=6), FALLING[name], out, "--lr_decay=0.5")
+
+
+@needs_gpu
+def test_the_conditional_copy_is_recorded_with_and_without_its_penalty(capsys):
+    out = lambda: capsys.readouterr().out
+    recorded_and_plain(conditional(), None, out, "--dataset=glyphs", "--k=2", "--batch_size=4")
+    shutil.rmtree("graph"), shutil.rmtree("plain"), shutil.rmtree("parts")
+    mine = conditional()
+    mine.R1_EVERY = 2
+    flags = "--dataset=glyphs", "--r1=1", "--augment=need", "--flip"
+    recorded_and_plain(mine, None, out, *flags)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["Adam, not fused", "RMSprop"])
+def test_a_run_goes_from_plain_to_recorded_and_back(name):
+    """The state of an optimizer lies where each form wants it."""
+    mine = adapt(COPIES[name][0], most=2)
+    flags = [*SMALL, "--path=imgs", "--precision=fp32", "--device=cuda"]
+    plain = mine.train(*flags, "--out=plain", "--no-graph", "--epochs=6")
+    for first, then in (("--no-graph", "--graph"), ("--graph", "--no-graph")):
+        run = mine.train(*flags, f"--out=run{first}", first, "--epochs=3")
+        before = replayed()
+        mine.train(f"--resume={run}", then, "--epochs=6")
+        assert (replayed() - before > 0) == (then == "--graph") or not gpu_first.STANDIN
+        assert_close(plain, run)
