@@ -443,12 +443,11 @@ def facts_of(run):
 
 def check_places(args):
     """UserError, before hours of work, for what would fail after them."""
-    for source in [name for name in (args.reference, args.candidate) if name is not None]:
+    for source in filter(None, (args.reference, args.candidate)):
         if source in common.DATASETS and Path(source).exists():
             print(f"{source} is the data set; for what lies here by that name type ./{source}")
-        elif source not in common.DATASETS and not (source and Path(source).exists()):
-            name = source or "an empty word"
-            raise common.UserError(f"{name} does not exist: name a folder, a .zip, a run, ...")
+        elif source not in common.DATASETS and not Path(source).exists():
+            raise common.UserError(f"{source} does not exist: name a folder, a .zip, a run, ...")
     if args.save_stats and not os.access(args.save_stats.parent, os.W_OK):
         raise common.UserError(f"--save_stats {args.save_stats}: no such folder to write in")
     if args.all and not (args.candidate and any(Path(args.candidate).glob("generator_*.pt"))):

@@ -59,14 +59,13 @@ def load_generator(path=None, device="cpu"):
     name = str(snapshot["script"])
     script = Path(__file__).parent / f"{name}.py"
     if not re.fullmatch(r"train_\w+", name) or not script.is_file():
-        raise common.UserError(
-            f"{path} needs {name}.py: no such training script beside generate.py"
-        )
-    if name not in sys.modules:  # under its own name, so that G can be pickled
+        raise common.UserError(f"{path} needs {name}.py, which does not lie beside generate.py")
+    module = sys.modules.get(name)
+    if not module or Path(module.__file__).resolve() != script.resolve():
         spec = importlib.util.spec_from_file_location(name, script)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    module = sys.modules[name]
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module  # under its own name G can be pickled
     try:
         with torch.device("meta"):  # do the shapes fit? Before memory is taken for them
             shapes = module.Generator(**snapshot["generator_args"]).eval()
@@ -137,7 +136,7 @@ def pairs(images, others, distances):
 
 def claim(folder, run):
     """Make the folder for images of this run; UserError if it holds other images."""
-    owner, own = folder / ".run", re.compile(r"seed\d+_\d+\.png")
+    owner, own = folder / ".run", re.compile(r"seed\d+_\d+\.png|\..*")
     whose = os.fsdecode(owner.read_bytes()) if owner.exists() else ""
     if whose not in ("", str(run)):
         raise common.UserError(f"{folder} holds images of {whose}: pass another --save_path")

@@ -13,8 +13,7 @@ network with the higher loss gets extra updates on the same batch until they do 
 What to expect from 400 photographs of cats on two cores of an AMD EPYC in float32: eyes after
 16,000 images (4 minutes), faces of many colours after 64,000 (17 minutes). In the one comparison
 made, on these cats, --margin inf was as clear, with more kinds of fur and in less time: try both.
-Width and rates are not the published ones, whose steps take 16 times as long: --width 128 --lrd 2e-5
---lrg 2e-5.
+Width and rates are not the published ones, --width 128 --lrd 2e-5 --lrg 2e-5, 16 times as slow.
 """
 
 import itertools

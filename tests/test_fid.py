@@ -641,8 +641,19 @@ def test_a_run_of_some_classes_is_compared_with_those(small, monkeypatch, capsys
         capsys.readouterr()
         call(monkeypatch, "glyphs", source, *how)
         out = capsys.readouterr().out
-        assert "only the classes that the run was trained on count: [3, 7]" in out
+        assert "glyphs: only the classes count that the run has learned: 3 7" in out
         assert f"glyphs ({n} images) and {source} (4 images)" in out
+
+
+def test_a_run_of_some_subfolders_is_compared_with_those(small, monkeypatch, capsys):
+    for n, name in ((9, "bears"), (12, "cats"), (15, "dogs")):
+        write_images(Path("animals", name), n)
+    monkeypatch.setattr(fid, "frechet_distance", lambda *_: 1.0)
+    settings = {"image_size": 16, "width": 4, "z_dim": 8, "batch_size": 8, "epochs": 1}
+    run = train(path="animals", label=["dogs", "0"], **settings)  # a name, a number
+    assert "classes: 0 bears, 1 cats, 2 dogs" in capsys.readouterr().out
+    call(monkeypatch, "animals", run, "--features", "random", "--img_num", "4")
+    assert f"animals (24 images) and {run} (4 images)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -651,9 +662,9 @@ def test_a_run_of_some_classes_is_compared_with_those(small, monkeypatch, capsys
         (["imgs"], "add a CANDIDATE"),
         (["imgs", "--save_stats", "x.txt"], "must end with .npz"),
         (["imgs", "nowhere"], "nowhere does not exist"),
-        (["", "imgs"], "an empty word does not exist"),
-        (["imgs", "", "--save_stats", "x.npz"], "an empty word does not exist"),
-        (["imgs", "imgs", "--img_num", "1"], "'1' is no int of 2 or more"),
+        (["", "imgs"], "the value is empty"),
+        (["imgs", "", "--save_stats", "x.npz"], "the value is empty"),
+        (["imgs", "imgs", "--img_num", "1"], "'1' is no int from 2"),
         (["imgs", "imgs", "--all"], "needs a run's folder"),
         (["imgs", "--all", "--save_stats", "x.npz"], "needs a run's folder"),
         (["x.npz", "imgs", "--save_stats", "y.npz"], "holds statistics already"),

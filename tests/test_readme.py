@@ -64,6 +64,8 @@ def prepared(monkeypatch):
     Path("docs").symlink_to(ROOT / "docs")  # generators to draw with
     for name in FOLDERS:
         write_images(Path(name), 24)
+    for name in ("cats", "dogs"):
+        write_images(Path("animals", name), 12)
     for name in ("faces", "cats"):
         shutil.make_archive(name, "zip", name)
     Path("data").mkdir()
@@ -143,7 +145,9 @@ def test_the_generators_in_the_repository_draw(name, shape):
     G, z = generate.load_generator(ROOT / f"docs/{name}.pt")
     images = generate.sample(G, z, range(16))
     assert images.shape == (16, *shape)
-    assert 0.6 < common.diversity(images) / 60 < 1.5  # grey levels, as photographs and digits vary
+    assert (
+        36 < images.astype(float).std(0).mean() < 90
+    )  # grey levels, as photographs and digits vary
 
 
 def test_both_setup_lines_are_there():
