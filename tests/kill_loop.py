@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import ROOT, write_images
 
-# The script as it is, but with a checkpoint at every end of an epoch, so that kills hit some.
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.REST = 0; "
+# The script as it is, but with a checkpoint at every row, so that kills hit some.
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.MINUTE = -1; "
 START += "import train_dcgan; print('imported', flush=True); train_dcgan.main()"
 FLAGS = ["--path=imgs", "--image_size=16", "--width=8", "--batch_size=4", "--checkpoint=1"]
 

@@ -8,12 +8,16 @@ import shutil
 import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import common
+import train_dcgan
+import train_fcgan
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 HEADERS = {IMAGES: "000008030000ea600000001c0000001c", LABELS: "000008010000ea60"}
@@ -52,15 +56,36 @@ def mnist():
     return mnist_files()
 
 
-@pytest.mark.parametrize("place", ["data/{}", "data/{}.gz", "data/MNIST/raw/{}.gz"])
-def test_mnist_is_found_in_its_usual_places(mnist, place):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "data/{}",
+        "data/{}.gz",
+        "data/MNIST/raw/{}",  # torchvision's
+        "data/MNIST/raw/{}.gz",
+        "data/mnist/{}.gz",
+        "data/{}/{}",  # unpacked into a folder of its name
+    ],
+)
+@pytest.mark.parametrize("dot", [False, True])
+def test_mnist_is_found_in_its_usual_places(mnist, place, dot):
     for name, content in mnist.items():
-        path = Path(place.format(name))
+        name = name.replace("-idx", ".idx") if dot else name
+        path = Path(place.format(name, name))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(content, 0) if path.suffix == ".gz" else content)
     images, labels = common.read_dataset("mnist", "data")
     assert images.shape == (60_000, 28, 28, 1) and labels.tolist() == [*range(10)] * 6000
     assert images.tobytes() == mnist[IMAGES][16:]
+
+
+@pytest.mark.parametrize("name", [IMAGES, f"{IMAGES}.gz", ARCHIVE])
+def test_a_folder_in_the_place_of_a_file_is_said_and_not_downloaded_over(name, monkeypatch):
+    Path("data", name).mkdir(parents=True)
+    monkeypatch.setattr(common, "download", lambda *_: pytest.fail("downloaded"))
+    plain = name.removesuffix(".gz")
+    with pytest.raises(common.UserError, match=f"data/{name} is a folder without {plain}"):
+        common.read_dataset("cifar10" if name == ARCHIVE else "mnist", "data")
 
 
 def test_a_local_file_of_another_size_or_layout_is_refused(mnist):
@@ -105,9 +130,6 @@ def test_labels_sizes_and_channels(mnist, monkeypatch):
     contents = {IMAGES: images, LABELS: np.arange(20, dtype=np.uint8) % 10}
     find = lambda name, *_: contents[name.removesuffix(".gz")]
     monkeypatch.setattr(common, "find_or_download", find)
-    import train_dcgan
-    import train_fcgan
-
     load = lambda get_args, *argv: common.load_data(get_args(["--dataset=mnist", *argv]))
     ours, labels = load(train_fcgan.get_args)
     np.testing.assert_array_equal(ours, images[..., None])
@@ -118,8 +140,61 @@ def test_labels_sizes_and_channels(mnist, monkeypatch):
     assert len(common.load_data(train_fcgan.get_args(["--label", "7"]))[0]) == 2  # of its default
     assert load(train_dcgan.get_args, "--channels=3")[0].shape == (20, 32, 32, 3)
     assert not Path(".cache").exists()
-    with pytest.raises(common.UserError, match="--label needs --dataset mnist or cifar10"):
-        common.load_data(train_fcgan.get_args(["--path=imgs", "--label", "3"]))
+    with pytest.raises(common.UserError, match="--label 10: the classes of these .* 0 0, 1 1, 2 2"):
+        load(train_fcgan.get_args, "--label", "10")
+
+
+def classes(folder, *kinds):
+    for i, kind in enumerate(kinds):
+        Path(folder, kind).mkdir(parents=True)
+        for j in range(3):
+            name = f"{folder}/{kind}/{j}.png"
+            Image.new("RGB", (16, 16), (20 * i, 50 * j, 0)).save(name)
+
+
+def data_of(*words):
+    args = train_dcgan.get_args([*words, "--image_size=16"])
+    images, labels = common.load_data(args)
+    return images, labels, args.classes
+
+
+def test_subfolders_are_classes(capsys):
+    classes("animals", "cats/young", "bears", "cats/old", "10")
+    images, labels, names = data_of("--path=animals")
+    assert names == ["10", "bears", "cats"] and labels.dtype == np.int64
+    assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 6
+    assert "classes: 0 10, 1 bears, 2 cats\n" in capsys.readouterr().out
+    with zipfile.ZipFile("animals.zip", "w") as archive:
+        for path in Path("animals").rglob("*.png"):
+            archive.write(path)  # all below animals/
+    packed = data_of("--path=animals.zip")
+    np.testing.assert_array_equal(packed[0], images)
+    assert packed[1].tolist() == labels.tolist() and packed[2] == names
+    for words in (["cats", "10"], ["2", "0"]):
+        chosen, labels, _ = data_of("--path=animals", "--label", *words)
+        np.testing.assert_array_equal(chosen, images[[0, 1, 2, *range(6, 12)]])
+        assert labels.tolist() == [0] * 3 + [2] * 6
+    assert data_of("--path=animals/cats")[2] == ["old", "young"]
+    assert data_of("--path=animals/bears")[1:] == (None, [])
+    with pytest.raises(common.UserError, match="--label dogs: .* are 0 10, 1 bears, 2 cats"):
+        data_of("--path=animals", "--label", "dogs")
+
+
+def test_images_beside_subfolders_have_no_classes(capsys):
+    classes("animals", "cats", "bears")
+    Image.new("RGB", (16, 16)).save("animals/beside.png")
+    images, labels, names = data_of("--path=animals")
+    assert (len(images), labels, names) == (7, None, [])
+    assert "classes" not in capsys.readouterr().out
+
+
+def test_a_folder_whose_images_all_fail_is_no_class():
+    classes("animals", "cats", "bears", "dogs")
+    for path in Path("animals/bears").iterdir():
+        path.write_text("no image")
+    images, labels, names = data_of("--path=animals")
+    assert names == ["cats", "dogs"] and labels.tolist() == [0] * 3 + [1] * 3
+    assert (images[3] == (40, 0, 0)).all()
 
 
 def test_the_label_of_a_drawn_character_is_its_place_in_the_list():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import common
 import generate
@@ -44,7 +44,7 @@ def test_an_image_is_the_same_whatever_is_made_beside_it(run, monkeypatch):
 def test_the_grid_shows_the_singles_and_lies_beside_their_folder(run, monkeypatch):
     call(monkeypatch, "--img_num=9", "--grid_size=2")
     assert len(list(Path("generated/dcgan-imgs").glob("*.png"))) == 9
-    grid = pixels("generated/dcgan-imgs-grid.png")
+    grid = pixels("generated/dcgan-imgs-grid-2x2.png")
     assert grid.shape == (2 * 18 + 2, 2 * 18 + 2, 3)
     for i, (top, left) in enumerate([(2, 2), (2, 20), (20, 2), (20, 20)]):
         single = pixels(f"generated/dcgan-imgs/seed0_{i:06d}.png")
@@ -55,7 +55,7 @@ def test_save_path_may_be_the_current_folder(run, monkeypatch, tmp_path, capsys)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     call(monkeypatch, "--img_num=4", f"--load_path={tmp_path / run}", "--save_path=.")
-    assert len(list(Path().glob("seed0_*.png"))) == 4 and (tmp_path / "here-grid.png").exists()
+    assert len(list(Path().glob("seed0_*.png"))) == 4 and (tmp_path / "here-grid-2x2.png").exists()
     call(monkeypatch, "--img_num=2", f"--load_path={tmp_path / run}", "--save_path=.")
     assert "holds 4 images now: others were there before" in capsys.readouterr().out
 
@@ -89,12 +89,41 @@ def test_nearest_finds_a_copy(run, monkeypatch):
     others = rng.integers(256, size=(3000, 4, 4, 3), dtype=np.uint8)
     images = others[[2999, 5, 1024]].copy()
     images[:, 0, 0] ^= 1
-    np.testing.assert_array_equal(generate.nearest(images, others), others[[2999, 5, 1024]])
+    found, distances = generate.nearest(images, others)
+    np.testing.assert_array_equal(found, others[[2999, 5, 1024]])
+    np.testing.assert_allclose(distances, (3 / 48) ** 0.5, rtol=1e-3)  # 3 of 48 numbers, by 1
     call(monkeypatch, "--nearest=imgs", "--img_num=4")
     pairs = pixels("generated/dcgan-imgs-nearest.png")
+    assert pairs.shape == (2 + 2 * (16 + 14 + 2), 2 + 2 * (32 + 2), 3)  # 14 for the distance
+    drawn = pixels("generated/dcgan-imgs/seed0_000000.png")
+    assert (pairs[2:18, 2:18] == drawn).all()
     real = common.load_images("imgs", 16)
-    assert any((pairs[2:18, 20:36] == image).all() for image in real)
-    assert (pairs[2:18, 2:18] == pixels("generated/dcgan-imgs/seed0_000000.png")).all()
+    distances = np.sqrt(((real - drawn.astype(float)) ** 2).mean((1, 2, 3)))
+    assert (pairs[2:18, 18:34] == real[distances.argmin()]).all()
+    written = np.full((14, 32, 3), 255, np.uint8)
+    line = Image.new("L", (32, 14), 255)
+    font = ImageFont.load_default(11)
+    place = {"fill": 0, "font": font, "anchor": "mm"}
+    ImageDraw.Draw(line).text((16, 7), f"{distances.min():.1f}", **place)
+    written[:] = np.asarray(line)[..., None]
+    assert (pairs[18:32, 2:34] == written).all() and written.min() < 128
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_mirrored_copy_is_found_where_the_run_mirrored(flip, imgs, monkeypatch):
+    rng = np.random.default_rng(0)
+    others = rng.integers(256, size=(1500, 4, 4, 3), dtype=np.uint8)
+    images = np.stack([others[1200][:, ::-1], others[7]])
+    found, distances = generate.nearest(images, others, flip)
+    assert (found[0] == images[0]).all() == flip and (distances[0] == 0) == flip
+    assert (found[1] == images[1]).all() and distances[1] == 0
+    settings = {"image_size": 16, "width": 4, "z_dim": 8, "batch_size": 8, "epochs": 1}
+    train_dcgan.train(path="imgs", flip=flip, **settings)
+    asked, nearest = [], generate.nearest
+    noting = lambda *given: asked.append(given[2]) or nearest(*given)
+    monkeypatch.setattr(generate, "nearest", noting)
+    call(monkeypatch, "--nearest=imgs", "--img_num=4")
+    assert asked == [flip]
 
 
 def test_images_of_another_run_are_not_overwritten(run, monkeypatch, capsys):
@@ -122,7 +151,7 @@ def test_label_needs_a_generator_that_knows_classes(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         call(monkeypatch, "--label=7")
     assert exit.value.code == 2 and not Path("generated").exists()
-    assert capsys.readouterr().err == f"error: --label 7: {run} knows no classes\n"
+    assert capsys.readouterr().err == "error: --label 7: the classes of these images are none\n"
 
 
 def test_a_class_is_asked_for_by_its_number(run, monkeypatch, capsys):
@@ -146,7 +175,23 @@ def test_a_class_is_asked_for_by_its_number(run, monkeypatch, capsys):
     assert all((pixels(f"of0/{name}") != pixels(f"of2/{name}")).any() for name in names)
     with pytest.raises(SystemExit):
         call(monkeypatch, "--load_path=classes.pt", "--label=3")
-    assert capsys.readouterr().err == "error: --label 3: classes.pt knows 3 classes\n"
+    error = capsys.readouterr().err
+    assert error == "error: --label 3: the classes of these images are 0 0, 1 1, 2 2\n"
+
+
+def test_a_class_is_asked_for_by_its_name(run, monkeypatch, capsys):
+    snapshot = torch.load(run / "generator_0001.pt", weights_only=True)
+    latent = {"dim": 5, "distribution": "normal", "classes": 3, "names": ["7", "cats", "dogs"]}
+    torch.save(snapshot | {"z": latent}, "names.pt")
+    for label in ("cats", "1", "7", "0"):  # a name comes before a number
+        words = f"--label={label}", f"--save_path=of-{label}", "--img_num=1", "--grid_size=1"
+        call(monkeypatch, "--load_path=names.pt", *words)
+    drawn = {label: pixels(f"of-{label}/seed0_000000.png") for label in ("cats", "1", "7", "0")}
+    assert (drawn["cats"] == drawn["1"]).all() and (drawn["7"] == drawn["0"]).all()
+    assert (drawn["cats"] != drawn["7"]).any()
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--load_path=names.pt", "--label=birds")
+    assert "the classes of these images are 0 7, 1 cats, 2 dogs" in capsys.readouterr().err
 
 
 def test_the_way_between_classes_is_straight():
