@@ -105,7 +105,8 @@ def image_files(path):
     In a folder links are followed; what these scripts wrote, runs and samples, is left out.
     """
     if os.path.isdir(path):
-        found, open_image = files_below(path), lambda name: Path(path, name).open("rb")
+        found = files_below(path)
+        open_image = lambda name: open(os.path.join(path, name), "rb")  # noqa: SIM115
     else:
         try:
             archive = zipfile.ZipFile(path)
@@ -117,11 +118,10 @@ def image_files(path):
         open_image = lambda name: io.BytesIO(archive.read(name))
     kinds = Image.registered_extensions().items()
     endings = tuple(end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PIXELS)
-    found = {name: found[name] for name in sorted(found) if not HIDDEN.search(name)}
-    files = {name: facts for name, facts in found.items() if name.lower().endswith(endings)}
-    if other := [x for x in found.keys() - files if x.lower().endswith(OTHER_ENDINGS)]:
+    named = lambda ends: [x for x in found if x.lower().endswith(ends) and not HIDDEN.search(x)]
+    if other := named(OTHER_ENDINGS):
         say(f"{len(other):,} images are left out, such as {other[0]}: Pillow does not read them")
-    if not files:
+    if not (files := {name: found[name] for name in sorted(named(endings))}):
         searched = "whatever Pillow reads, .jpg .png .webp ..., also in subfolders that are no run"
         raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
     return files, open_image
@@ -140,13 +140,15 @@ def files_below(root):
         ours = tuple(name for name in below if Path(folder, name, ".run").exists())  # samples
         grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
         below[:] = sorted(name for name in below if name not in ours and not HIDDEN.match(name))
+        place = os.path.join(folder, "")
+        prefix = place[len(root) :].replace(os.sep, "/")
         for name in names:
             if not name.startswith(grids):
-                place = os.path.join(folder, name)
-                found[name := place[len(root) :].replace(os.sep, "/")] = None
-                with contextlib.suppress(OSError):  # a link to nowhere
-                    facts = os.stat(place)
-                    found[name] = facts.st_size, facts.st_mtime_ns
+                try:
+                    facts = os.stat(place + name)
+                    found[prefix + name] = facts.st_size, facts.st_mtime_ns
+                except OSError:  # a link to nowhere
+                    found[prefix + name] = None
     return found
 
 
@@ -752,9 +754,9 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(text).expanduser())
 
     def parse_args(self, words):
-        for i, word in enumerate(words):
+        for before, word in itertools.pairwise(["a word", *words]):
             if word == "" or re.fullmatch("--[^=]+=", word):
-                self.error(f"{word or (words[i - 1] if i else 'a word')}: the value is empty")
+                self.error(f"{word or before}: the value is empty")
         return super().parse_args(words)
 
     def error(self, message):
@@ -805,6 +807,7 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
 
 
 OF_A_START = ("out", "resume", "config", "summary", "typed", "fingerprint", "classes", "others")
+OF_A_START += ("parser",)
 MAY_CHANGE = ("epochs", "device", "precision", "graph", "compile", "checkpoint", "sample_every")
 MAY_CHANGE += ("tensorboard", "path", "data_dir", "cache")
 
@@ -821,41 +824,29 @@ def words_of(settings, parser):
     for name, value in settings.items():
         if name not in actions:
             raise UserError(f"unknown setting {name!r} (known: {', '.join(actions)})")
-        flags, nargs = actions[name].option_strings, actions[name].nargs
+        (*_, flag), nargs = flags, _ = actions[name].option_strings, actions[name].nargs
         if nargs == 0:  # a switch; in a file written by hand, a word
-            on = str(value).lower()
-            if on not in ("true", "false"):
+            if (on := str(value).lower()) not in ("true", "false"):
                 raise UserError(f"argument {'/'.join(flags)}: write true or false")
-            words += (
-                flags[:1] if (on == "true") == (actions[name].const is not False) else flags[1:2]
-            )
+            first = (on == "true") == (actions[name].const is not False)
+            words += flags[:1] if first else flags[1:2]
         elif value is True:  # --resume alone
-            words.append(flags[-1])
-        elif isinstance(value, list | tuple) and nargs:
-            words += [flags[-1], *map(str, value)]
+            words.append(flag)
+        elif isinstance(value, list | tuple):  # one word after another, or an action="append"
+            words += [flag, *map(str, value)] if nargs else [f"{flag}={each}" for each in value]
         elif value is not None:
-            several = value if isinstance(value, list) else [value]  # of an action="append"
-            words += [f"{flags[-1]}={each}" for each in several]
+            words.append(f"{flag}={value}")
     return words
 
 
 def parse_flags(parser, argv, flags):
     """Parse words of a command line and `flags` of train(); before them those of --config, or of
-    the run that --resume goes on with.
-
-    `args.typed` keeps the settings as they were typed, for before a script settles what is unset.
-    """
+    the run that --resume goes on with. `args.typed`: the settings before a script settles any."""
     words = words_of(flags, parser) + [*argv]
     args = parser.parse_args(words)
     if args.config:
-        settings = read_ini(args.config)
-        if args.path or args.dataset:  # other data than in the file
-            settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
-        try:
-            words = words_of(settings, parser) + words
-            args = parser.parse_args(words)
-        except UserError as error:
-            raise UserError(f"--config {args.config}: {error}") from None
+        words = [*ini_words(args, parser), *words]
+        args = parser.parse_args(words)
     args.typed, args.others = settings_of(args), bool(args.path)
     if args.out and args.resume == "newest":  # for jobs that are started again by themselves
         args.resume = args.out if Path(args.out, "checkpoint.pt").exists() else None
@@ -863,11 +854,15 @@ def parse_flags(parser, argv, flags):
         raise UserError("--resume keeps the run's folder and settings: omit --out and --config")
     if args.resume:
         args = resumed(parser, words, args)
-    out, images = (Path(name or "").resolve() for name in (args.out, args.path))
-    if args.out and args.path and not args.resume and out.is_relative_to(images):
+    elif (
+        args.out
+        and args.path
+        and Path(args.out).resolve().is_relative_to(Path(args.path).resolve())
+    ):
         raise UserError(f"--out {args.out} lies in --path: its pictures would be trained on")
     if args.path and args.dataset:
         raise UserError("--path and --dataset both name the data: omit one of them")
+    args.parser = parser
     return args
 
 
@@ -897,20 +892,22 @@ def resumed(parser, words, args):
     return now
 
 
-def read_ini(path):
-    """The settings of an INI file: values in JSON, as Run writes them, or text."""
+def ini_words(args, parser):
+    """The settings of --config's file as words: values in JSON, as Run writes them, or text."""
     ini, settings = configparser.ConfigParser(interpolation=None), {}
     ini.optionxform = str  # keeps capitals
     try:
-        ini.read_string("[before any section]\n" + Path(path).read_text(encoding="utf-8"))
+        ini.read_string("[before any section]\n" + Path(args.config).read_text(encoding="utf-8"))
         for name, text in [pair for section in ini.values() for pair in section.items()]:
             settings[name] = text
             with contextlib.suppress(ValueError, RecursionError):  # written by hand
-                value = json.loads(text)
-                settings[name] = text if isinstance(value, float) else value
+                settings[name] = json.loads(text, parse_float=str)
+        if args.path or args.dataset:  # other data than in the file
+            settings = {k: v for k, v in settings.items() if k not in ("path", "dataset", "label")}
+        parser.parse_args(words := words_of(settings, parser))
     except (OSError, ValueError, configparser.Error) as error:
-        raise UserError(f"--config {path}: {reason(error)}") from None
-    return settings
+        raise UserError(f"--config {args.config}: {reason(error)}") from None
+    return words
 
 
 # --------------------------------------------------------------------------------------- devices
@@ -956,17 +953,18 @@ def choose_device(name):
     try:
         found = name == "auto" and torch.accelerator.current_accelerator(check_available=True)
         device = found or torch.device("cpu" if name == "auto" else name)
-        built_for = torch.version.cuda
-        missing = name == "auto" and not found and RANK == 0
-        if missing and (built_for or shutil.which("nvidia-smi")):
-            cpus = "this torch is built for CPUs: https://pytorch.org/get-started has others"
-            why = f"no driver that fits CUDA {built_for}, see nvidia-smi" if built_for else cpus
-            say(f"WARNING: no GPU is used ({why})")
+        if name == "auto" and not found and RANK == 0:
+            why = "this torch is built for CPUs: https://pytorch.org/get-started has others"
+            if built_for := torch.version.cuda:
+                why = f"no driver that fits CUDA {built_for}, see nvidia-smi"
+            if built_for or shutil.which("nvidia-smi"):
+                say(f"WARNING: no GPU is used ({why})")
         if device.type == "cuda":
             index = os.environ.get("LOCAL_RANK", "") if WORLD_SIZE > 1 else ""
             index = int(index) if index.isdecimal() else device.index
             device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-            torch.cuda.set_device(device)  # before anything touches the first one
+            with contextlib.suppress(AttributeError):  # of a torch without CUDA, which says so next
+                torch.cuda.set_device(device)  # before anything touches the first one
         torch.zeros(1, device=device).item()
         return device
     except Exception as error:  # each backend that is missing raises something else
@@ -980,20 +978,20 @@ def join_ranks(device):
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several processes work with cuda or --device cpu, not {device.type}")
     if not dist.is_initialized():
-        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        if "?" in place:
-            where = "no MASTER_ADDR and MASTER_PORT where they meet"
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if not re.fullmatch(r".+:\d+", place):
+            where = "MASTER_ADDR and MASTER_PORT name no place to meet"
             raise UserError(f"WORLD_SIZE is {WORLD_SIZE}, but {where}: use torchrun, or unset it")
-        waiting = [f"waiting for {WORLD_SIZE - 1} more processes at {place}"]
-        clock = threading.Timer(10, print, waiting, {"file": sys.stderr})
+        waiting = f"waiting for {WORLD_SIZE - 1} more processes at {place}"
+        clock = threading.Timer(10, print, [waiting], {"file": sys.stderr})
         clock.daemon = True
         clock.start()
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         patience = {"timeout": datetime.timedelta(hours=6)}  # rank 0 may decode many images
-        store, number, size = next(dist.rendezvous("env://", **patience))
+        store, rank, world_size = next(dist.rendezvous("env://", **patience))
         # processes that torchrun starts again must not meet the traces of those before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, **patience)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, None, patience["timeout"], world_size, rank, store)
         clock.cancel()
     if RANK > 0:
         sys.stdout = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
@@ -1021,8 +1019,8 @@ def sync_grads(net):
     """Average the gradients of a network over all ranks; alone, nothing happens."""
     if WORLD_SIZE > 1:
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        parts = rank_mean(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, parts.split([grad.numel() for grad in grads])):
+        mean = rank_mean(nn.utils.parameters_to_vector(grads))
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
             grad.copy_(part.view(grad.shape))
 
 
@@ -1061,13 +1059,13 @@ def exit_codes():
         leave_ranks(130)
         sys.exit(130)
     except Exception as error:
-        message = str(error)
+        message, known = str(error), isinstance(error, UserError)
         no_memory = r"out of memory|not enough memory|allocate memory|alloc(ation)?_failed"
-        if isinstance(error, MemoryError) or re.search(no_memory, message, re.IGNORECASE):
+        if isinstance(error, MemoryError) or not known and re.search(no_memory, message, re.I):
             message = "out of memory: lower --batch_size, --width or --image_size"
         elif dist.is_initialized() and "by peer" in message:  # connection closed, reset
             message = "another process has ended: its error is the reason"
-        elif not isinstance(error, (UserError, OSError)):
+        elif not known and not isinstance(error, OSError):
             raise
         line = message.replace("\n", " ").encode("ascii", "backslashreplace").decode()
         with contextlib.suppress(OSError, ValueError):
@@ -1077,10 +1075,8 @@ def exit_codes():
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary name beside `path` that takes its place once it is safely on disk.
-
-    Whatever interrupts the block, `path` holds its old content or the new one, never a part.
-    """
+    """Yield a temporary name beside `path`, which takes its place once it is safely on disk:
+    whatever interrupts the block, `path` holds its old content or the new one, never a part."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.urandom(6).hex()}.part")
     try:
         yield temporary
@@ -1110,7 +1106,8 @@ PARTS = {"script": str, "generator_args": dict, "z": dict, "config": dict, "G_em
 
 
 def load_file(path):
-    """Read a checkpoint or snapshot onto the CPU: tensors and plain types, never objects."""
+    """Read a snapshot or a folder's checkpoint onto the CPU: tensors and plain types, no objects."""
+    path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: no member is larger
             if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
@@ -1121,8 +1118,8 @@ def load_file(path):
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except Exception as error:  # a damaged archive raises whatever its reader stumbles on
-        why = reason(error)
-        raise UserError(f"{path} is damaged or no file of these scripts ({why})") from None
+        why = f"is damaged or no file of these scripts ({reason(error)})"
+        raise UserError(f"{path} {why}") from None
     fits = lambda name: isinstance(content.get(name), PARTS[name])
     if not isinstance(content, dict) or not all(map(fits, PARTS)):
         raise UserError(f"{path} is neither a checkpoint nor a snapshot")
@@ -1131,8 +1128,8 @@ def load_file(path):
 
 def newest_run(script=""):
     """The folder in runs/ whose checkpoint was written last, of this script where one is named."""
-    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt") if is_run(path.parent)]
     head = lambda run: (run / "config.ini").read_text(errors="replace")
+    runs = [path.parent for path in Path("runs").glob("*/checkpoint.pt") if is_run(path.parent)]
     runs = [run for run in runs if not script or f"[{script}]" in head(run)]
     kind = f"of {script}.py " if script else ""
     if not runs:
@@ -1161,6 +1158,7 @@ def progress(text, last=False):
 
 
 progress.shown = -math.inf
+
 
 # ------------------------------------------------------------------------------------------- run
 
@@ -1193,20 +1191,19 @@ class Run:
         self.generator_args, self.latent, self.k, self.state = generator_args, latent, k, state
         draw_latents(latent, 1)  # refuses what it does not know
         batch_size = min(args.batch_size, len(images) // k // WORLD_SIZE * WORLD_SIZE)
-        if batch_size < 2 * WORLD_SIZE:
-            need = f"{2 * k * WORLD_SIZE} (2 * k" + f" * {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
-            raise UserError(f"{len(images)} images are too few: a step needs {need})")
+        if batch_size < (least := 2 * WORLD_SIZE):
+            need = f"{k * least}, {least} for each of its {k} updates of D"
+            raise UserError(f"{len(images)} images are too few: a step needs {need}")
         if batch_size < args.batch_size:
             say(f"batches of {batch_size}: there are only {len(images)} images")
         self.images_per_step = k * batch_size
         self.steps_per_epoch = len(images) // self.images_per_step
-        self.row_steps = min(ROW_STEPS, math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH))
-        self.step, self.seconds, self.pending = 0, 0.0, []
-        self.origin = [0, 0, 0]  # step, epoch, images seen, from which epochs of this length count
+        self.step, self.images_seen, self.seconds, self.pending = 0, 0, 0.0, []
+        self.origin = [0, 0]  # step and epoch from which epochs of this length count
         self.stop_asked = self.stopping = False  # by a signal to this rank; agreed among all
-        self.handlers, self.warned, self.won = {}, set(), 0
+        self.handlers, self.warned, self.won, self.rows = {}, set(), 0, []
         self.ordered = self.columns = self.writer = None
-        folder = [args.resume or (self.new_folder() if RANK == 0 else None)]
+        folder = [args.resume or (new_folder(args, self.script) if RANK == 0 else None)]
         if WORLD_SIZE > 1:
             dist.broadcast_object_list(folder)
         self.folder = folder[0]
@@ -1219,16 +1216,11 @@ class Run:
     def epoch(self):
         return self.origin[1] + (self.step - self.origin[0]) // self.steps_per_epoch
 
-    @property
-    def images_seen(self):
-        return self.origin[2] + (self.step - self.origin[0]) * self.images_per_step
-
     def batches(self):
         """Yield each step's real images, (k * batch_size, C, H, W) in [-1, 1], until the end.
 
         Of several ranks each gets its share. self.indices, on the device, are the images' numbers
-        in load_data's order. Everything random in a step follows from (seed, step). After Ctrl-C
-        or its like it raises KeyboardInterrupt.
+        in load_data's order. Everything random in a step follows from (seed, step).
         """
         again = f"python {self.script}.py --resume {shlex.quote(str(self.folder))}"
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
@@ -1253,9 +1245,11 @@ class Run:
         if self.stopping:
             say(f"stopped; to go on: {again}")
             raise KeyboardInterrupt
-        data = shlex.quote(str(self.args.path or self.args.dataset))
+        source, run = (
+            shlex.quote(str(x)) for x in (self.args.path or self.args.dataset, self.folder)
+        )
         say(f"done: look at {self.folder}/samples/latest.png; then generate.py draws more, and "
-            f"fid.py {data} {shlex.quote(str(self.folder))} measures them")  # fmt: skip
+            f"fid.py {source} {run} measures them")  # fmt: skip
 
     def stop(self, number, frame):
         self.stop_asked = True
@@ -1265,27 +1259,32 @@ class Run:
     def start(self):
         """Say what is about to happen, write what comes first; returns the images, on a GPU if
         they fill no more than a quarter of its free memory."""
-        settings = [f"--{n}={v}" for n, v in settings_of(self.args).items() if v is not None]
+        args, path = self.args, self.folder / "checkpoint.pt"
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
-        where = f"on {self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
-        span = f"step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch"
-        say(f"settings: {self.script}.py {shlex.join(settings)}\n{self.folder}: {span}")
-        say(f"G has {counts[0]:,} parameters, D {counts[1]:,}, {where}")
+        where = f"{self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+        say(f"settings: {self.script}.py {shlex.join(words_of(settings_of(args), args.parser))}\n"
+            f"{self.folder}: step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch\n"
+            f"G has {counts[0]:,} parameters, D {counts[1]:,}, on {where}")  # fmt: skip
         self.marked = self.saved = time.monotonic()
         self.started = self.marked - self.seconds
         if RANK == 0:
-            lines = [f"{name} = {json.dumps(value)}\n" for name, value in self.args.typed.items()]
+            lines = [f"{name} = {json.dumps(value)}\n" for name, value in args.typed.items()]
             ini = f"[{self.script}]\n{''.join(lines)}"  # JSON's quotes let any path survive
             write_file(self.folder / "config.ini", ini.encode())
-            if self.args.tensorboard:
+            if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-            if self.step == 0:
-                self.write(grid=True, keep=False, save=True)
-                self.read_back(self.folder / "checkpoint.pt")
-                shown = np.random.default_rng(self.args.seed).permutation(len(self.images))[:CHUNK]
-                save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
+        if RANK == 0 and self.step == 0:
+            self.write(grid=True, keep=False, save=True)
+            try:
+                load_file(path)  # refused now, not when it is needed
+            except UserError as error:
+                path.unlink()
+                why = "generator_args, latent and state may hold tensors and plain types"
+                raise UserError(f"cannot save {path}: {why} ({error})") from None
+            shown = np.random.default_rng(args.seed).permutation(len(self.images))[:CHUNK]
+            save_grid(self.images[np.sort(shown)], self.folder / "samples/real.png")
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
         fits = self.images.nbytes < free / 4
         return torch.from_numpy(np.array(self.images)).to(self.device) if fits else self.images
@@ -1300,19 +1299,19 @@ class Run:
             self.mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
         batch = slice(i * self.images_per_step, (i + 1) * self.images_per_step)
         share = lambda whole: whole[batch].view(self.k, WORLD_SIZE, -1)[:, RANK].flatten()
-        self.indices = share(self.order).to(self.device, non_blocking=True)
+        put = lambda values: values.to(self.device, non_blocking=True)
+        self.indices = put(share(self.order))
         if isinstance(images, torch.Tensor):
             real = images[self.indices]
         else:
             real = torch.from_numpy(images[share(self.order).numpy()])
-            real = real.pin_memory() if self.device.type == "cuda" else real
-        real = real.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
-        real = real.float().div_(127.5).sub_(1)
+            real = put(real.pin_memory() if self.device.type == "cuda" else real)
+        real = real.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)  # channels_last
         if self.args.flip:
-            mirrored = share(self.mirrored).to(self.device, non_blocking=True)
+            mirrored = put(share(self.mirrored))
             real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
-        own = (RANK,) if RANK else ()  # rank 0 draws what a process alone does
-        seed = mixed(self.args.seed, "step", self.step, *own)
+        # rank 0 draws what a process alone does
+        seed = mixed(self.args.seed, "step", self.step, *([RANK] if RANK else []))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.2 ms
         for generator in torch.cuda.default_generators:
             generator.manual_seed(seed)
@@ -1322,11 +1321,12 @@ class Run:
 
     def end_step(self, stats):
         """Count a step, with its 0-d tensors `stats`; write what is due."""
-        self.step += 1
+        self.step, self.images_seen = self.step + 1, self.images_seen + self.images_per_step
         self.pending.append(stats)
         self.stopping = rank_mean(torch.tensor(float(self.stop_asked))).item() > 0
         within, last = (self.step - self.origin[0]) % self.steps_per_epoch, self.step == self.steps
-        if within % self.row_steps and not self.stopping:
+        every = min(ROW_STEPS, math.ceil(self.steps_per_epoch / ROWS_PER_EPOCH))
+        if within % every and not self.stopping:
             return
         self.write_row()
         due = lambda every, n: last or self.epoch % (every or math.ceil(self.args.epochs / n)) == 0
@@ -1349,11 +1349,10 @@ class Run:
             raise UserError(f"a loss or weight is not finite at step {self.step}; {kept}. {cure}")
         if RANK > 0:
             return
-        now = time.monotonic()
+        now, stats = time.monotonic(), dict(zip(names, means, strict=True))
         epoch = math.ceil((self.step - self.origin[0]) / self.steps_per_epoch) + self.origin[1]
         speed = steps * self.images_per_step / (now - self.marked)
         place = self.step, epoch, self.images_seen / 1000, now - self.started, speed
-        stats = dict(zip(names, means, strict=True))
         with self.harmless("metrics.csv"):
             self.append(dict(zip(COLUMNS, place)) | stats, steps)
         won = 0 <= stats.get("loss_d", 1) < 0.1 and stats.get("d_real", 0) > 0.7
@@ -1365,17 +1364,18 @@ class Run:
         minutes = "/".join(f"{time / 60:.{int(time < 600)}f}" for time in times)
         line = f"epoch {epoch}/{self.args.epochs}, {minutes} min, {speed:.0f}/s,"
         for name, mean in stats.items():
-            line += f" {name} {mean:.2f}"
-            if len(line) > 72:  # of a terminal's 80 columns
-                break
+            line += f" {name} {mean:.2f}" * (len(line) <= 72)  # of a terminal's 80 columns
         progress(line, last=self.step == self.steps or self.stopping)
 
     def append(self, row, steps):
         """Add a row to metrics.csv; one with other names than before it begins a new file."""
         path = self.folder / "metrics.csv"
-        if self.columns and self.columns != [*row] and path.exists():
-            path.rename(path.with_name(f"metrics_to_{self.step - steps}.csv"))
+        if self.columns not in (None, [*row]):
+            self.rows = []
+            if path.exists():
+                path.rename(path.with_name(f"metrics_to_{self.step - steps}.csv"))
         self.columns = [*row]
+        self.rows.append([*row.values()])
         header = "" if path.exists() else ",".join(row) + "\n"
         with path.open("a") as file:
             file.write(header + ",".join(f"{value:.12g}" for value in row.values()) + "\n")
@@ -1420,28 +1420,6 @@ class Run:
         if grid and self.writer:
             self.writer.add_images("samples", images, self.step, dataformats="NHWC")
 
-    def read_back(self, path):
-        """Refuse now, not when it is needed, a checkpoint that cannot be loaded again."""
-        try:
-            load_file(path)
-        except UserError as error:
-            path.unlink()
-            why = "generator_args, latent and state may hold tensors and plain types"
-            raise UserError(f"cannot save {path}: {why} ({error})") from None
-
-    def new_folder(self):
-        """Make the run's folder; one that holds a run is left alone."""
-        out, data = self.args.out, Path(self.args.path or self.args.dataset).resolve().stem
-        if out and Path(out, "checkpoint.pt").exists():
-            again = f"--resume {shlex.quote(str(out))}"
-            raise UserError(f"{out} holds a run: {again} goes on, or pass another --out")
-        base = Path(out or f"runs/{self.script.removeprefix('train_')}-{data}")
-        for number in itertools.count(1):
-            path = base.with_name(f"{base.name}-{number}") if number > 1 else base
-            with contextlib.nullcontext() if out else contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True, exist_ok=bool(out))
-                return path
-
     def restore(self):
         """Take over the state of checkpoint.pt, and cut metrics.csv back to its step."""
         path, args, n = self.folder / "checkpoint.pt", self.args, len(self.images)
@@ -1449,16 +1427,19 @@ class Run:
         try:
             for name, part in self.state.items():
                 part.load_state_dict(run.get(name, {}))
-                if isinstance(part, torch.optim.Optimizer):
-                    restore_layout(part)
+                for p, held in getattr(part, "state", {}).items():  # moments laid out as p: else
+                    for key, value in held.items():  # the next fused step would crash
+                        if isinstance(value, torch.Tensor) and value.dim():
+                            held[key] = torch.empty_like(p).copy_(value)
             self.step, self.seconds = int(run["step"]), float(run["seconds"])
-            self.origin = [int(run["origin"][i]) for i in range(3)]
-            if run["pace"] != [self.steps_per_epoch, self.images_per_step]:
-                self.origin = [self.step, run["epoch"], run["images_seen"]]
+            self.origin = [int(run["origin"][0]), int(run["origin"][1])]
+            self.images_seen, learned = int(run["images_seen"]), int(run["n_images"])
+            if [*run["pace"]] != [self.steps_per_epoch, self.images_per_step]:
+                self.origin = [self.step, int(run["epoch"])]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} does not fit {self.script}.py ({reason(error)})") from None
         if run["fingerprint"] != args.fingerprint:
-            before = f"{self.folder} has learned from {run['n_images']:,} images"
+            before = f"{self.folder} has learned from {learned:,} images"
             if not args.others:
                 cure = "to go on with these, name them with --path beside --resume"
                 raise UserError(f"{before}, and these {n:,} are others: {cure}")
@@ -1473,20 +1454,20 @@ class Run:
     def cut_metrics(self):
         """Leave the rows until the checkpoint's step in metrics.csv, and nothing that is none."""
         path = self.folder / "metrics.csv"
-        if not path.exists():
-            return
-        header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
-        rows = []
+        text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
+        header, *lines = text.splitlines() or [""]
+        kept = [header]
         for line in lines:
             with contextlib.suppress(ValueError):
-                values = [float(value) for value in line.split(",")]
-                if len(values) == header.count(",") + 1 and values[0] <= self.step:
-                    rows.append(line)
-        if rows:
-            write_file(path, "\n".join([header, *rows, ""]).encode())
+                row = [*map(float, line.split(","))]
+                if len(row) == header.count(",") + 1 and row[0] <= self.step:
+                    self.rows.append(row)
+                    kept.append(line)
+        if self.rows:
+            write_file(path, "\n".join([*kept, ""]).encode())
             self.columns = header.split(",")
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def draw(self):
         """Draw training.gif and losses.png."""
@@ -1499,16 +1480,28 @@ class Run:
         if frames:
             with self.harmless("training.gif"):
                 save_gif(frames, self.folder / "training.gif")
-        with self.harmless("losses.png"):
-            rows = np.loadtxt(self.folder / "metrics.csv", delimiter=",", skiprows=1, ndmin=2)
-            of = dict(zip(self.columns, rows.T.tolist(), strict=True))
-            panels = {}  # of names that begin alike: loss_d, loss_g
-            for name, values in of.items():
-                if name not in COLUMNS and min(values) < max(values):
-                    panels.setdefault(name.partition("_")[0], {})[name] = values
-            panels = [(title, of["kimg"], curves) for title, curves in panels.items()]
-            if panels:
+        of, panels = dict(zip(self.columns, map(list, zip(*self.rows)))), {}
+        for name, values in of.items():  # a panel for those that begin alike: loss_d, loss_g
+            if name not in COLUMNS and min(values) < max(values):
+                panels.setdefault(name.partition("_")[0], {})[name] = values
+        panels = [(title, of["kimg"], curves) for title, curves in panels.items()]
+        if panels:
+            with self.harmless("losses.png"):
                 save_curves(panels, self.folder / "losses.png", "thousand images seen")
+
+
+def new_folder(args, script):
+    """Make a run's folder; one that holds a run is left alone."""
+    out, data = args.out, Path(args.path or args.dataset).resolve().stem
+    if out and Path(out, "checkpoint.pt").exists():
+        again = f"--resume {shlex.quote(str(out))}"
+        raise UserError(f"{out} holds a run: {again} goes on, or pass another --out")
+    base = Path(out or f"runs/{script.removeprefix('train_')}-{data}")
+    for number in itertools.count(1):
+        path = base.with_name(f"{base.name}-{number}") if number > 1 else base
+        with contextlib.nullcontext() if out else contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True, exist_ok=bool(out))
+            return path
 
 
 def lock_folder(folder):
@@ -1523,13 +1516,3 @@ def lock_folder(folder):
             why = "wait for its end, or begin another run"
             raise UserError(f"another process trains in {folder}: {why}") from None
     return file
-
-
-def restore_layout(opt):
-    """Give loaded moments the layout of their parameters: else the next fused step would crash."""
-    for p, held in opt.state.items():
-        for name, value in held.items():
-            if isinstance(value, torch.Tensor) and value.dim():
-                if value.shape != p.shape:
-                    raise ValueError(f"{name} has other shapes")
-                held[name] = torch.empty_like(p).copy_(value)
