@@ -34,8 +34,8 @@ def get_args(argv, **flags):
     add = parser.add_argument
     add("--z_dim", type=number, default=100, help="numbers of noise that make one image")
     add("--width", type=number, help="channels next to the image, doubling inwards up to 8 times")
-    add("--lrd", type=rate, default=4e-4, help="Adam's rate for D")
-    add("--lrg", type=rate, default=4e-4, help="Adam's rate for G; TTUR: other than D's")
+    add("--lrd", type=rate, help="Adam's rate for D; default: 2e-4, below 64 pixels 4e-4")
+    add("--lrg", type=rate, help="the same for G; TTUR: other than D's")
     add("--beta1", type=common.bounded(float, 0, 0.999), default=0.5, help="Adam's momentum")
     add("--k", type=number, default=1, help="batches for D per update of G (Goodfellow et al.)")
     add("--one_sided", type=common.bounded(float, 0, 1), default=0.0,
@@ -59,6 +59,9 @@ def get_args(argv, **flags):
     if args.image_size not in (16, 32, 64, 128, 256):
         raise common.UserError(f"--image_size {args.image_size} is not 16, 32, 64, 128 or 256")
     args.width = args.width or (32 if args.dataset == "glyphs" else 64)
+    fitting = 4e-4 if args.image_size < 64 else 2e-4
+    args.lrd = fitting if args.lrd is None else args.lrd
+    args.lrg = fitting if args.lrg is None else args.lrg
     if args.r1 is None:
         args.r1 = 1.0 if args.dataset == "mnist" else 0.0
     if args.r1 and args.compile:
