@@ -247,7 +247,7 @@ def generators(path):
         G = module.Generator(**content["generator_args"])
         G.load_state_dict(state)
         if label.startswith("averaged_"):  # with fresh statistics, as common.Run gives G_ema
-            common.refresh_batchnorm(G, content["z"], torch.Generator().manual_seed(0))
+            common.refresh_batchnorm(G, content["z"], content["config"]["seed"])
         yield label, G.requires_grad_(False).eval(), content["z"]
 
 
