@@ -14,6 +14,7 @@ Run       a run's folder and all that is written into it; its docstring is a tim
 """
 
 import argparse
+import collections
 import configparser
 import contextlib
 import copy
@@ -47,12 +48,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # ------------------------------------------------------------------------------------------ data
 
 NO_PIXELS = ("EPS", "PDF", "WMF", "MPEG", "HDF5", "GRIB", "BUFR")  # Pillow only knows their names
 OTHER_ENDINGS = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw", ".raw")
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+HIDDEN = re.compile(r"(^|/)(\.(?!/)|__MACOSX)")  # but ./a.png is a.png
 
 
 def decode(file, image_size=None, channels=3):
@@ -101,53 +104,49 @@ def image_files(path):
 
     In a folder links are followed; what these scripts wrote, runs and samples, is left out.
     """
-    path = Path(path)
-    if path.is_dir():
-        root = os.path.join(path, "")
-        found, open_image = files_below(root), lambda name: open(root + name, "rb")  # noqa: SIM115
-    elif not path.exists():
-        raise UserError(f"{path} does not exist: pass a folder or .zip of images")
+    if os.path.isdir(path):
+        found, open_image = files_below(path), lambda name: Path(path, name).open("rb")
     else:
         try:
             archive = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is neither a folder nor a .zip ({error})") from None
+            no_zip = f"is neither a folder nor a .zip ({error})"
+            why = no_zip if os.path.exists(path) else "does not exist"
+            raise UserError(f"{path} {why}: pass a folder or .zip of images") from None
+        found = {member.filename: (member.file_size, member.CRC) for member in archive.infolist()}
         open_image = lambda name: io.BytesIO(archive.read(name))
-        hidden = re.compile(r"(^|/)(\.(?!/)|__MACOSX)")  # but ./a.png is a.png
-        members = [each for each in archive.infolist() if not hidden.search(each.filename)]
-        found = {each.filename: (each.file_size, each.CRC) for each in members}
     kinds = Image.registered_extensions().items()
     endings = tuple(end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PIXELS)
-    names = sorted(name for name in found if name.lower().endswith(endings))
-    if other := [x for x in {*found}.difference(names) if x.lower().endswith(OTHER_ENDINGS)]:
+    found = {name: found[name] for name in sorted(found) if not HIDDEN.search(name)}
+    files = {name: facts for name, facts in found.items() if name.lower().endswith(endings)}
+    if other := [x for x in found.keys() - files if x.lower().endswith(OTHER_ENDINGS)]:
         say(f"{len(other):,} images are left out, such as {other[0]}: Pillow does not read them")
-    if not names:
+    if not files:
         searched = "whatever Pillow reads, .jpg .png .webp ..., also in subfolders that are no run"
         raise UserError(f"no images in {path} (looked for {searched}): pass another folder or .zip")
-    return {name: found[name] for name in names}, open_image
+    return files, open_image
 
 
 def files_below(root):
-    """{name: (bytes, time)} of all files below a folder, but hidden ones and these scripts' own."""
-    found, folders, seen = {}, [] if is_run(root) else [root], {os.path.realpath(root)}
-    for folder in folders:  # grows on the way
-        try:
-            entries = [e for e in os.scandir(folder) if not e.name.startswith((".", "__MACOSX"))]
-        except OSError as error:
-            say(f"WARNING: left out, as it cannot be listed: {error}")
+    """{name: (bytes, time)} of all files below a folder, but for those of these scripts."""
+    root, found, seen = os.path.join(root, ""), {}, set()
+    unlisted = lambda error: say(f"WARNING: left out, as it cannot be listed: {error}")
+    for folder, below, names in os.walk(root, onerror=unlisted, followlinks=True):
+        whole = os.path.realpath(folder)
+        if whole in seen or is_run(folder):  # links may go in circles
+            below.clear()
             continue
-        below = {entry.name: entry.path for entry in entries if entry.is_dir()}
-        ours = [name for name, place in below.items() if is_run(place) or is_samples(place)]
-        for name in below.keys() - ours:
-            if (whole := os.path.realpath(below[name])) not in seen:  # links may go in circles
-                folders.append(below[name])
-                seen.add(whole)
+        seen.add(whole)
+        ours = tuple(name for name in below if Path(folder, name, ".run").exists())  # samples
         grids = tuple(f"{name}-" for name in ours)  # of generate.py, beside its samples
-        for entry in entries:
-            if entry.name not in below and not entry.name.startswith(grids):
-                there = not entry.is_symlink() or os.path.exists(entry)
-                facts = entry.stat(follow_symlinks=there)  # of a link to nowhere its own
-                found[entry.path[len(root) :]] = facts.st_size, facts.st_mtime_ns
+        below[:] = sorted(name for name in below if name not in ours and not HIDDEN.match(name))
+        for name in names:
+            if not name.startswith(grids):
+                place = os.path.join(folder, name)
+                found[name := place[len(root) :].replace(os.sep, "/")] = None
+                with contextlib.suppress(OSError):  # a link to nowhere
+                    facts = os.stat(place)
+                    found[name] = facts.st_size, facts.st_mtime_ns
     return found
 
 
@@ -155,40 +154,34 @@ def is_run(folder):
     return all(Path(folder, name).is_file() for name in ("checkpoint.pt", "config.ini"))
 
 
-def is_samples(folder):
-    return Path(folder, ".run").exists()
-
-
 def load_images(path, image_size, channels="auto", cache=".cache"):
     """Decode a folder or .zip once; returns a memory-mapped uint8 (N, H, W, C) array.
 
     Images are cropped to their central square and resized to `image_size`. `channels` is "1", "3"
-    or "auto": 1 if all files are grey. The result stays in `cache` while files and settings stay
-    the same. Its attributes: `names` of the files that could be decoded, and `fingerprint`, which
-    follows from the pixels. Undecodable files are listed; UserError if nothing is left.
+    or "auto": 1 if all files are grey (others than the files' are made in memory). The result
+    stays in `cache` while files and settings stay the same. Its attributes: `names` of the files
+    that could be decoded, and `fingerprint`, which follows from the pixels. Files that could not
+    are listed; UserError if nothing is left.
     """
     files, open_image = image_files(path)
     whole = Path(path).resolve()
     place = f"{whole.stem}-{short_hash(str(whole))[:6]}-{image_size}px-"
     cached = Path(cache, f"{place}{short_hash((5, files))}.npy")  # another 5 where decode changes
-    images, notes = read_cache(cached, files, open_image, image_size)
-    if images is None:
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            fill_cache(cached, [*files], open_image, image_size)
-        except (OSError, UserError) as error:
-            raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
-        for stale in cached.parent.iterdir():  # made when the files were others
+    found = read_cache(cached, files, open_image, image_size)
+    try:
+        images, notes = found or fill_cache(cached, [*files], open_image, image_size)
+        for stale in () if found else cached.parent.iterdir():  # made when the files were others
             if stale.name.startswith(place) and stale.stem != cached.stem:
                 stale.unlink(missing_ok=True)
-        images, notes = read_cache(cached, files, None, image_size)
-    failed, duplicates = notes["failed"], f"{notes['duplicates']:,} exact duplicates (kept)"
+    except (OSError, UserError) as error:
+        raise UserError(f"cannot keep decoded images ({error}): pass another --cache") from None
+    failed = notes["failed"]
     errors = f"{len(failed):,} of {len(files):,} files cannot be decoded, see {cached.stem}.json"
     if not len(images):
         raise UserError(f"no image in {path}: {errors} in {cache}")
     size = f"{images.shape[1:]} each, {images.nbytes / 1e6:,.0f} MB"
-    said = [f"{len(images):,} images of {path}, {size}", duplicates, *[errors] * bool(failed)]
-    say("; ".join([*said, f"in {cached}"]))
+    said = f"{len(images):,} images of {path}, {size}; {notes['duplicates']:,} exact duplicates"
+    say(f"{said} (kept); {errors + '; ' if failed else ''}in {cached}")
     if channels not in ("auto", str(images.shape[3])):
         images = resized(images, image_size, channels).view(np.memmap)  # may have attributes
     images.fingerprint = notes["fingerprint"]
@@ -201,28 +194,29 @@ def short_hash(content):
 
 
 def read_cache(cached, files, open_image, image_size):
-    """The array and notes of fill_cache; None, None where they do not fit, or a file that failed
-    then can be decoded now."""
-    with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):
+    """The array and notes of fill_cache; None where they do not fit, or a file that failed then
+    can be decoded now."""
+    with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):  # not whole
         images = np.load(cached, mmap_mode="r")
         notes = json.loads(cached.with_suffix(".json").read_text())
-        failed = [*notes["failed"]]
-        shape = len(files) - len(failed), image_size, image_size
-        again = decoded(failed if open_image else [], open_image, image_size=image_size)
-        if images.shape[:3] == shape and images.dtype == np.uint8 and all(e for _, e in again):
+        again = decoded([*notes["failed"]], open_image, image_size=image_size)
+        shape = len(files) - len(notes["failed"]), image_size, image_size
+        fits = images.shape in ((*shape, 1), (*shape, 3)) and images.dtype == np.uint8
+        if fits and all(error for _, error in again):
             return images, notes
-    return None, None  # not there, or not whole
+    return None
 
 
 def fill_cache(cached, names, open_image, image_size):
-    """Decode files into the .npy `cached`, with notes on them in a .json beside it."""
-    modes = decoded(names, open_image, work=lambda file: Image.open(file).mode)
-    channels = 3 if any(mode not in (None, *GREY_MODES) for mode, _ in modes) else 1
-    hashes, failed, shape = [], {}, (image_size, image_size, channels)
+    """Decode files into the .npy `cached`, with notes in a .json beside it; returns both."""
+    kind = lambda file: Image.getmodebase(Image.open(file).mode)
+    grey = {kind for kind, _ in decoded(names, open_image, kind)} <= {"L", None}
+    hashes, failed, shape = [], {}, (image_size, image_size, 1 if grey else 3)
     header = lambda: {"descr": "|u1", "fortran_order": False, "shape": (len(hashes), *shape)}
+    cached.parent.mkdir(parents=True, exist_ok=True)
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
         np.lib.format.write_array_header_1_0(file, header())
-        images = decoded(names, open_image, image_size=image_size, channels=channels)
+        images = decoded(names, open_image, image_size=image_size, channels=shape[2])
         for name, (pixels, error) in zip(names, images):
             if error:
                 failed[name] = error
@@ -233,12 +227,13 @@ def fill_cache(cached, names, open_image, image_size):
         np.lib.format.write_array_header_1_0(file, header())
     notes = {"fingerprint": short_hash(hashes), "duplicates": len(hashes) - len({*hashes})}
     write_file(cached.with_suffix(".json"), json.dumps(notes | {"failed": failed}).encode())
+    return np.load(cached, mmap_mode="r"), notes | {"failed": failed}
 
 
 def classes_of(names):
     """The subfolders that files "cats/1.jpg" lie in, sorted, and the number of each file's, int64
     (N,); [], None where all lie in one, or some beside them."""
-    paths = [name.replace(os.sep, "/").split("/")[:-1] for name in names]
+    paths = [name.split("/")[:-1] for name in names]
     depth = len(os.path.commonprefix(paths))
     if any(len(path) == depth for path in paths):
         return [], None
@@ -300,33 +295,49 @@ def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
     """
     if name == "glyphs":
         return draw_glyphs(image_size or 32, 1 if channels == "1" else 3)
-    folder, shape = Path(data_dir), (60_000, 28, 28)
     if name == "mnist":
-        images = find_or_download("train-images-idx3-ubyte.gz", folder, read_idx, shape)[..., None]
-        labels = find_or_download("train-labels-idx1-ubyte.gz", folder, read_idx, shape[:1])
+        shape = 60_000, 28, 28
+        images = find_or_download("train-images-idx3-ubyte.gz", data_dir, shape, 0x803)[..., None]
+        labels = find_or_download("train-labels-idx1-ubyte.gz", data_dir, shape[:1], 0x801)
     else:
-        records = find_or_download("cifar-10-binary.tar.gz", folder, read_cifar10)
+        records = find_or_download("cifar-10-binary.tar.gz", data_dir, (50_000, 3073))
         labels, images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return resized(images, image_size or images.shape[1], channels), labels.astype(np.int64)
 
 
-def find_or_download(name, folder, read, *options):
-    """What `read` makes of a file somewhere below `folder`, under any usual name, or downloaded."""
-    plain = name.removesuffix(".gz")
+def find_or_download(name, folder, shape, magic=None):
+    """The array (with `magic`: of an IDX file) in a file below `folder`, under any usual name."""
+    plain, path = name.removesuffix(".gz"), Path(folder, name)
     usual = lambda path: path.name.replace(".idx", "-idx").removesuffix(".gz")
-    there = sorted(path for path in folder.rglob("*") if usual(path) == plain)
-    path = next((path for path in there if path.is_file()), None)
-    if name.startswith("cifar"):
-        path = path or next((p.parent for p in folder.rglob("data_batch_1.bin")), None)
-    if there and not path:
+    names = {plain, "data_batch_1.bin"} if name.startswith("cifar") else {plain}
+    there = sorted(path for path in Path(folder).rglob("*") if usual(path) in names)
+    files = [path for path in there if path.is_file()]
+    if there and not files:
         raise UserError(f"{there[0]} is a folder without {plain}: put that file into it")
-    if not path:
-        path = folder / name
+    if not files:
         download(FILES[name][0] + name, path, FILES[name][1])
+    path = files[0] if files else path
+    header = np.array([magic, *shape] if magic else [], ">i4").tobytes()
     try:
-        return read(path, *options)
+        content = unpacked(path)
+        if len(content) != len(header) + math.prod(shape) or not content.startswith(header):
+            raise ValueError("wrong size or header")
     except Exception as error:  # a damaged archive raises whatever its reader stumbles on
         raise UserError(f"{path} is no {plain} ({error}): remove it") from None
+    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
+
+
+def unpacked(path):
+    """The bytes of a file, gzipped or not; of CIFAR-10 those of its training batches in a row."""
+    batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    if path.suffix == ".bin":
+        return b"".join(path.with_name(name).read_bytes() for name in batches)
+    if ".tar" in path.suffixes:
+        with tarfile.open(path) as archive:  # read, never unpacked
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in batches]
+            return b"".join(file.read() for file in files)
+    content = path.read_bytes()
+    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
 
 
 def download(url, path, sha256):
@@ -338,30 +349,6 @@ def download(url, path, sha256):
         torch.hub.download_url_to_file(url, str(path), sha256)
     except Exception as error:  # no network, a cut line, another hash
         raise UserError(f"no download of {url} ({error}): put it into {path.parent}") from None
-
-
-def read_idx(path, shape):
-    """The values of an IDX file of bytes, plain or gzipped, if it has this shape."""
-    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
-    content = path.read_bytes()
-    content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-    if len(content) != len(header) + math.prod(shape) or not content.startswith(header):
-        raise ValueError("wrong size or header")
-    return np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
-
-
-def read_cifar10(path):
-    """The records of the five training batches, from the .tar.gz or the folder it unpacks to."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    if path.is_dir():
-        batches = [(path / name).read_bytes() for name in names]
-    else:
-        with tarfile.open(path) as archive:  # read, never unpacked
-            batches = [archive.extractfile(f"cifar-10-batches-bin/{n}").read() for n in names]
-    records = np.frombuffer(b"".join(batches), np.uint8).reshape(50_000, 3073)
-    if records[:, 0].max() > 9:
-        raise ValueError("wrong labels")
-    return records
 
 
 def resized(images, image_size, channels):
@@ -511,7 +498,18 @@ def generate(G, z):
     return np.concatenate(images)
 
 
-PLAIN = int, float, str, tuple, np.generic  # what a graph would hold for good
+PLAIN = int, float, str, np.generic  # what a graph would hold for good
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses what reads or makes a tensor on the CPU: a graph would hold its numbers for good."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if any(tensor.is_cpu for tensor in tensors):
+            raise RuntimeError(f"{function} has to do with a tensor on the CPU")
+        return result
 
 
 class Recorded:
@@ -526,8 +524,11 @@ class Recorded:
     def __init__(self, step, device, args):
         self.step, self.device, self.signature = step, device, inspect.signature(step)
         self.on = args.graph and device.type == "cuda" and WORLD_SIZE == 1
+        if self.on and not inspect.isfunction(step):
+            self.stay_plain("it is no plain function")
         self.stream = torch.cuda.Stream(device) if self.on else None
-        self.graphs, self.calls, self.given, self.held, self.rates = {}, {}, {}, [], {}
+        self.calls, self.graphs, self.given, self.held = collections.Counter(), {}, {}, []
+        self.rates = collections.defaultdict(lambda: torch.zeros((), device=device))
 
     def __call__(self, *args, **kwargs):
         if self.on:
@@ -535,13 +536,13 @@ class Recorded:
             of = lambda kind: {n: v for n, v in call.arguments.items() if isinstance(v, kind)}
             tensors, opts = of(torch.Tensor), of(torch.optim.Optimizer).values()
             key = *of(bool).values(), *((t.shape, t.dtype) for t in tensors.values())
-            self.calls[key] = self.calls.get(key, 0) + 1
+            self.calls[key] += 1
             if name := self.changed(call.arguments):
                 self.stay_plain(f"{name} changes between calls: make it a 0-d tensor, or a bool")
-            elif self.calls[key] <= 3:  # in which libraries choose their kernels
-                return self.warm_up(call, opts)
             else:
                 with self.rates_on_device(opts):
+                    if self.calls[key] <= 3:  # in which libraries choose their kernels
+                        return self.warm_up(call, opts)
                     if key in self.graphs or self.record(key, call, tensors):
                         return self.replay(key, tensors)
         return self.step(*args, **kwargs)
@@ -550,24 +551,33 @@ class Recorded:
         """The name of what is not as in the first call: an argument other than tensors and bools,
         a number in its attributes, modules or rates, or in what the step reads around it."""
         self.given |= {n: v for n, v in given.items() if not isinstance(v, bool | torch.Tensor)}
-        if not self.held:
-            code, cells = self.step.__code__, self.step.__closure__ or ()
-            places = [dict(zip(code.co_freevars, (cell.cell_contents for cell in cells)))]
-            for value in [*self.given.values(), *places[0].values()]:
-                places += getattr(value, "param_groups", [])
-                parts = value.modules() if isinstance(value, nn.Module) else [value]
-                places += [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in parts]
-            watched = [(self.step.__globals__, name) for name in code.co_names]
-            watched += [(place, name) for place in places for name in place]
-            holds = lambda p, n: isinstance(p.get(n), (*PLAIN, torch.Tensor))
-            watched = [(p, n) for p, n in watched if holds(p, n) and not reads_rate(p, n)]
-            watched += [(self.given, name) for name in self.given]
-            self.held = [(place, name, place[name]) for place, name in watched]
+        self.held = self.held or self.watched()
         for place, name, before in self.held:
             value = place.get(name)
             if value is not before and not (isinstance(value, PLAIN) and value == before):
                 return name
+            if isinstance(value, torch.Tensor) and value.is_cpu and value._version:  # filled anew
+                return name
         return None
+
+    def watched(self):
+        """What must not change, as (a dict, a name in it, the value)."""
+        around = self.step.__globals__
+        near = [around.get(name) for name in self.step.__code__.co_names]  # its helpers
+        near = [f for f in near if inspect.isfunction(f) and f.__globals__ is around]
+        found = [(around, name) for f in (self.step, *near) for name in f.__code__.co_names]
+        places = [inspect.getclosurevars(self.step).nonlocals]
+        for value in [*self.given.values(), *places[0].values()]:
+            places += getattr(value, "param_groups", [])
+            parts = value.modules() if isinstance(value, nn.Module) else [value]
+            places += [p if isinstance(p, dict) else getattr(p, "__dict__", {}) for p in parts]
+        found += [
+            (place, name) for place in places for name in place if not reads_rate(place, name)
+        ]
+        kinds = (*PLAIN, tuple, torch.Tensor)
+        found = [(place, name) for place, name in found if isinstance(place.get(name), kinds)]
+        found += [(self.given, name) for name in self.given]
+        return [(place, name, place[name]) for place, name in found]
 
     @contextlib.contextmanager
     def rates_on_device(self, opts):
@@ -575,8 +585,7 @@ class Recorded:
         groups = [g for opt in opts for g in opt.param_groups if reads_rate(g)]
         before = [{n: g[n] for n in ("lr", "capturable") if n in g} for g in groups]
         for i, (group, numbers) in enumerate(zip(groups, before)):
-            held = self.rates.setdefault(i, torch.zeros((), device=self.device))
-            group |= dict.fromkeys(numbers, True) | {"lr": held.fill_(numbers["lr"])}
+            group |= dict.fromkeys(numbers, True) | {"lr": self.rates[i].fill_(numbers["lr"])}
         try:
             yield
         finally:
@@ -588,7 +597,7 @@ class Recorded:
         for state in [state for opt in opts for state in opt.state.values() if "step" in state]:
             state["step"] = state["step"].to(self.device)  # of a resumed run
         self.stream.wait_stream(torch.cuda.current_stream())
-        with self.rates_on_device(opts), torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):
             stats = self.step(*call.args, **call.kwargs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return stats
@@ -602,7 +611,7 @@ class Recorded:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         options = {"stream": self.stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.stream(here), torch.cuda.graph(graph, **options):
+            with torch.cuda.stream(here), torch.cuda.graph(graph, **options), OnDevice():
                 stats = self.step(*call.args, **call.kwargs)
                 packed = torch.cat([value.flatten() for value in stats.values()])
         except Exception as error:  # the first one says why, the last one only that it failed
@@ -626,7 +635,7 @@ class Recorded:
         return {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
 
     def stay_plain(self, why):
-        self.on, name = False, self.step.__name__
+        self.on, name = False, getattr(self.step, "__name__", "the step")
         say(f"\nWARNING: no CUDA graph of {name}, it takes several times as long: {why}")
 
 
