@@ -413,11 +413,12 @@ def averaged(G, device):
 
 @torch.no_grad()
 def update_ema(G_ema, G, step, decay):
-    """Move the averaged generator towards G, faster in the first steps; `step` counts from 0.
+    """Move the averaged generator towards G; `step` counts from 0. Its memory is a fortieth of the
+    run so far (docs/experiments.md, "Longer runs"), and at most the 1 / (1 - decay) last steps.
 
     Buffers are copied, but for BatchNorm's: Run makes those when it draws or saves G_ema.
     """
-    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (40 + step)))
     average(list(G_ema.parameters()), list(G.parameters()), step)
     for ours, theirs in zip(G_ema.modules(), G.modules()):
         if not isinstance(ours, nn.modules.batchnorm._BatchNorm):
@@ -789,7 +790,7 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
     add("--batch_size", type=bounded(int, 2), default=batch_size, help="real images for D")
-    add("--ema", type=bounded(float, 0, 1), default=ema, help="decay of the averaged generator")
+    add("--ema", type=bounded(float, 0, 1), default=ema, help="largest decay of the averaged generator")
     add("--seed", type=bounded(int, 0, 2**63), default=0, help="everything random follows from it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")

@@ -349,7 +349,7 @@ def images_of(source, like, label, args):
         files, open_image = common.image_files(source)
         yield len(files)
         work = lambda file: prepared(common.decode(file), args.mode)  # many large ones fill memory
-        for name, (image, error) in zip(files, common.decoded([*files], open_image, work)):
+        for (image, error), name in zip(common.decoded([*files], open_image, work), files):
             if error:
                 print(f"skipped: {name}: {error}", file=sys.stderr)
             else:

@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import ROOT, write_images
 
-# The script as it is, but with a checkpoint at every row, so that kills hit some.
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.MINUTE = -1; "
+# The script as it is, but with a checkpoint every few rows, so that kills hit some.
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.MINUTE = 0.2; "
 START += "import train_dcgan; print('imported', flush=True); train_dcgan.main()"
 FLAGS = ["--path=imgs", "--image_size=16", "--width=8", "--batch_size=4", "--checkpoint=1"]
 
@@ -48,17 +48,20 @@ def finish(process):
 def kill_loop(kills, seed=0):
     """Run it in the current folder; returns the two folders and the steps of the checkpoints then.
 
-    The start takes about a second of the up to three before a kill; ten epochs a kill are to do.
+    Every second kill comes within two seconds of the first steps, the others within three of the
+    start, which takes one or two of them; ten epochs a kill are to do.
     """
     chance, steps, epochs = random.Random(seed), [], 10 * kills
     write_images(Path("imgs"), 150)
     finish(start(*FLAGS, f"--epochs={epochs}", "--out=whole"))
-    for _ in range(kills):
+    for i in range(kills):
         if chance.random() < 0.3:
             shutil.rmtree(".cache", ignore_errors=True)
         process = start(*again(epochs))
-        process.stdout.readline()  # imported
-        time.sleep(chance.uniform(0, 3))
+        sign, seconds = ("imported", 3) if i % 2 else ("an epoch", 2)
+        while sign not in (line := process.stdout.readline()) and line:
+            pass
+        time.sleep(chance.uniform(0, seconds))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         checkpoint = Path("killed/checkpoint.pt")

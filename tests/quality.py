@@ -3,6 +3,7 @@
     python tests/quality.py check imgs/ --image_size 32        # a yardstick for these images?
     python tests/quality.py measure imgs/ runs/dcgan-imgs runs/dcgan-imgs/generator_*.pt
     python tests/quality.py measure mnist runs/fcgan-mnist     # the test images in --data_dir, too
+    python tests/quality.py measure glyphs runs/dcgan-glyphs   # drawn characters
     python tests/quality.py compare imgs/ --kimg 50 200 --seeds 0 1 \\
         "plain: train_dcgan.py --lrd 2e-4 --lrg 2e-4" "faster: train_dcgan.py"
     python tests/quality.py compare imgs/ --train 400 --kimg 100 "few: train_dcgan.py"
@@ -10,8 +11,9 @@
 
 The network learns without labels how far an image has been turned (0, 90, 180 or 270 degrees;
 Gidaris et al., 2018, arXiv:1803.07728) from every second image, exact duplicates left out; on MNIST
-it learns the digits. The *distance* is the Frechet distance between its 128 features of 10,000
-samples and of the images it has not learned from (of MNIST, the training images). Features of turns
+it learns the digits, and of drawn characters which one it is, or that it is none (`characters`).
+The *distance* is the Frechet distance between its 128 features of 10,000 samples and of the images
+it has not learned from (of those two, that it has learned from). Features of turns
 are whitened first: on the real images they are uncorrelated and vary by 1, so that all that they
 see counts alike, not only what tells a turned image. It compares with nothing but distances to the
 same images at the same size. The networks are kept in --cache.
@@ -34,6 +36,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +51,8 @@ import common
 import fid
 
 ROOT = Path(__file__).parents[1]
+OTHERS = "CDFGJLMNOPQRUVWYZ16789"  # what common.GLYPHS lacks
+N_IMAGES = {"mnist": 60_000, "glyphs": 4800}
 SAMPLES = 10_000
 SEEN = {"digits": 240_000, "turns": 128_000}  # images that the network learns from, with repeats
 
@@ -79,11 +84,48 @@ def to_tensor(pixels, side):
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
+def characters(side, channels, n, seed):
+    """n drawn characters and as many that are none, uint8 (2n, side, side, channels); classes.
+
+    The last class has other letters and digits, mirror writing, and two characters in one image:
+    an upper half and a lower one, a left and a right one, or both at half their strength.
+    """
+    images, labels = common.draw_glyphs(side, channels, n, seed)
+    with unittest.mock.patch.object(common, "GLYPHS", OTHERS):
+        others, _ = common.draw_glyphs(side, channels, n // 2, seed + 100)
+    uneven = [common.GLYPHS.index(letter) for letter in "BEKS2345"]
+    mirrored = images[np.isin(labels, uneven)][: n // 6, :, ::-1]
+    pixels, first = images[: n // 3].astype(np.float32), np.arange(side)[:, None] < side / 2
+    shares = np.full((3, side, side, 1), 0.5)
+    shares[0], shares[1] = first[:, None], first
+    far = np.abs(pixels - pixels[:, :1, :1]).sum(3, keepdims=True)  # from the paper in the corner
+    darkest = far.reshape(len(far), -1).argmax(1)
+    ink = pixels.reshape(len(pixels), -1, channels)[np.arange(len(pixels)), darkest][:, None, None]
+    strokes, share = far / far.max((1, 2, 3), keepdims=True), shares[np.arange(len(pixels)) % 3]
+    strokes = share * strokes + (1 - share) * np.roll(strokes, 1, 0)
+    both = (pixels[:, :1, :1] * (1 - strokes) + ink * strokes).round().astype(np.uint8)
+    both = both[labels[: n // 3] != np.roll(labels[: n // 3], 1)]
+    none = np.concatenate([others, mirrored, both])
+    return np.concatenate([images, none]), np.append(labels, np.full(len(none), len(common.GLYPHS)))
+
+
+def wobbly(images, pixels):
+    """uint8 (n, side, side, C), each bent at random by about so many pixels."""
+    n, side = images.shape[:2]
+    bends = torch.randn(n, 2, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 * pixels / side
+    bends = F.interpolate(bends, (side, side), mode="bicubic").permute(0, 2, 3, 1)
+    places = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), (n, 1, side, side), align_corners=False)
+    bent = F.grid_sample(
+        to_tensor(images, side), places + bends, padding_mode="border", align_corners=False
+    )
+    return common.to_uint8(bent)
+
+
 def digits(images, labels):
     """A Classifier of labelled images, what makes a batch of an index, and the largest index."""
     labels = torch.from_numpy(labels.astype(np.int64))
     make = lambda index: (to_tensor(images[index.numpy()], 28), labels[index])
-    return Classifier(28, images.shape[-1], 10), make, len(images)
+    return Classifier(28, images.shape[-1], int(labels.max()) + 1), make, len(images)
 
 
 def turns(images):
@@ -143,6 +185,14 @@ class Yardstick:
             test, test_labels = read_test_split(data_dir)
             self.images = common.resized(learned, image_size, channels)
             self.other = common.resized(test, image_size, channels)
+        elif data == "glyphs":  # seed 0 draws those that runs learn from
+            depth = 1 if channels == "1" else 3
+            learned, labels = characters(image_size, depth, 24_000, seed=1)
+            test, test_labels = characters(image_size, depth, SAMPLES, seed=2)
+            self.images, self.other = learned[:24_000].copy(), test[:SAMPLES]
+            for i in range(16):  # a wobbly hand or rough paper makes no other character
+                part = wobbly(learned[i::16], i / 12)
+                learned[i::16] = disturbances.disturb(part, "noise", i % 4 / 8)
         else:
             (_, images), labels = parted(data, image_size, channels, cache, train), None
             if len(images) < 256:
@@ -171,7 +221,7 @@ class Yardstick:
 
     def trained(self, images, labels, cache):
         """The network out of `cache`; trained, if it is not there."""
-        makers = (Classifier, digits, turns, train_net, disturbances.disturb)
+        makers = (Classifier, characters, wobbly, digits, turns, train_net, disturbances.disturb)
         content = hashlib.sha256(images).hexdigest()
         key = repr(([inspect.getsource(maker) for maker in makers], content))
         file = Path(cache, f"yardstick-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
@@ -179,7 +229,7 @@ class Yardstick:
             print(f"training the yardstick's network on {len(images):,} images", flush=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             common.save_file(train_net(images, labels).state_dict(), file)
-        side, classes = (images.shape[1], 4 if labels is None else 10)
+        side, classes = (images.shape[1], 4) if labels is None else (28, int(labels.max()) + 1)
         net = Classifier(side, images.shape[-1], classes).eval()
         net.load_state_dict(torch.load(file, weights_only=True))
         return net
@@ -247,14 +297,15 @@ def generators(path):
         G = module.Generator(**content["generator_args"])
         G.load_state_dict(state)
         if label.startswith("averaged_"):  # with fresh statistics, as common.Run gives G_ema
-            common.refresh_batchnorm(G, content["z"], torch.Generator().manual_seed(0))
+            common.refresh_batchnorm(G, content["z"], content["config"]["seed"])
         yield label, G.requires_grad_(False).eval(), content["z"]
 
 
 @functools.cache
 def yardstick_for(data, image_size, channels, data_dir, cache, train):
     yardstick = Yardstick(data, image_size, channels, data_dir, cache, train)
-    print(f"other real images {yardstick.distance(yardstick.other)[0]:.4g}", flush=True)
+    distance, p = yardstick.distance(yardstick.other)
+    print(f"other real images {distance:.4g}{classes_of(p)}", flush=True)
     return yardstick
 
 
@@ -273,11 +324,16 @@ def measure(args):
     for path in args.snapshots:
         for label, distance, p in distances(path, args):
             row = f"{path!s:<40} {label:<16} {distance:9.2f}"
-            if p.shape[1] == 10:  # digits: the share of sure ones, and of each
-                shares = np.bincount(p.argmax(1), minlength=10) / len(p)
-                row += f" {(p.max(1) > 0.9).mean():6.1%} sure;"
-                row += "".join(f"{share:6.1%}" for share in shares)
-            print(row, flush=True)
+            print(row + classes_of(p), flush=True)
+
+
+def classes_of(p):
+    """Of probabilities of digits or characters: the share of sure ones, and of each class."""
+    if p.shape[1] == 4:
+        return ""
+    sure = (p[:, : len(common.GLYPHS)].max(1) > 0.9).mean()  # not of being none
+    shares = np.bincount(p.argmax(1), minlength=p.shape[1]) / len(p)
+    return f" {sure:6.1%} sure;" + "".join(f"{share:6.1%}" for share in shares)
 
 
 # ------------------------------------------------------------------------------------ the recipes
@@ -285,8 +341,8 @@ def measure(args):
 
 def recipes(args):
     """{name: words of the command} of texts such as "plain: train_dcgan.py --lrd 2e-4"."""
-    data = ["--dataset", "mnist", "--data_dir", args.data_dir]
-    data = data if args.data == "mnist" else ["--path", args.path or args.data]
+    data = ["--dataset", args.data, "--data_dir", args.data_dir]
+    data = data if args.data in N_IMAGES else ["--path", args.path or args.data]
     for text in args.recipes:
         name, _, command = text.partition(":")
         script, *flags = shlex.split(command)
@@ -295,8 +351,8 @@ def recipes(args):
 
 
 def n_images(args):
-    if args.data == "mnist":
-        return 60_000
+    if args.data in N_IMAGES:
+        return N_IMAGES[args.data]
     return len(common.load_images(args.path or args.data, args.image_size, "auto", args.cache))
 
 
@@ -371,7 +427,7 @@ def main():
     for work in (check, measure, compare, cost):
         sub = commands.add_parser(work.__name__, help=work.__doc__)
         sub.set_defaults(work=work, path=None)
-        sub.add_argument("data", help="a folder or .zip of images, or mnist")
+        sub.add_argument("data", help="a folder or .zip of images, mnist or glyphs")
         sub.add_argument("--data_dir", default="data", help="of MNIST, with its test files")
         sub.add_argument("--cache", default=".cache")
         if work in (check, compare, cost):

@@ -29,7 +29,7 @@ quietly = settings(
 )
 texts = st.text(min_size=1).filter(lambda text: "\0" not in text)
 odd_texts = st.sampled_from(
-    ["%(x)s", " a", "a ", '"', "'", "#", ";", "=", "[x]", "-", "--out", "é\n"]
+    ["~", "%(x)s", " a", "a ", '"', "'", "#", ";", "=", "[x]", "-", "--out", "é\n"]
 )
 
 
@@ -53,13 +53,14 @@ def test_settings_survive_flags_and_ini(path, epochs, lrd, flip, label, tmp_path
     typed = train_dcgan.get_args([*words, "--flip" if flip else "--no-flip"])
     given = train_dcgan.get_args([], **chosen)  # as from Python
     assert common.settings_of(typed) == common.settings_of(given)
+    chosen["path"] = os.path.expanduser(path)
     assert {name: getattr(typed, name) for name in chosen} == chosen
     ini = tmp_path / "config.ini"
     write_ini(ini, common.settings_of(typed))
     again = train_dcgan.get_args([f"--config={ini}"])
     assert common.settings_of(again) == common.settings_of(typed)
     write_ini(ini, {"dataset": "mnist", "label": label})
-    assert train_dcgan.get_args([f"--config={ini}"]).label == label
+    assert train_dcgan.get_args([f"--config={ini}"]).label == [*map(str, label)]
 
 
 @settings(quietly, max_examples=min(COUNT, 2000))

@@ -5,9 +5,12 @@
 Tests that need neither say so by running everywhere.
 """
 
+import copy
 import os
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import gpu_first
@@ -26,21 +29,19 @@ needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="no GPU here, nor the stand-in for one: -p standin_gpu with ../shared/gpu on PYTHONPATH",
 )
-EVERY_KIND = ",".join(common.KINDS)
 FULLY = {k: v for k, v in SMALL.items() if k != "width"} | {"hidden_g": "16,8", "hidden_d": "8"}
 SCRIPTS = {
     "dcgan": (train_dcgan, SMALL | {"k": 2, "r1": 1.0, "flip": True, "batch_size": 4}),
-    "dcgan_all_kinds": (train_dcgan, SMALL | {"augment": EVERY_KIND, "lr_decay": 0.9}),
-    "fcgan": (train_fcgan, FULLY | {"k": 2, "augment": "need", "batch_size": 4}),
-    "balanced": (train_balanced, SMALL | {"augment": "need", "margin": 0.0, "max_extra": 3}),
-}  # fmt: skip
+    "dcgan_by_need": (train_dcgan, SMALL | {"augment": "need", "flip": True, "lr_decay": 0.9}),
+    "fcgan": (train_fcgan, FULLY | {"k": 2, "flip": True, "batch_size": 4}),
+    "balanced": (train_balanced, SMALL | {"flip": True, "margin": 0.0, "max_extra": 3}),
+}
 
 
 @pytest.fixture
 def loop(imgs, monkeypatch):
     """Trains, and returns the run and of each pass of its loop: (waits, a row?, images, stats)."""
-    for name in ("SAVE_AFTER", "REST", "LATEST"):
-        monkeypatch.setattr(common, name, float("inf"))
+    monkeypatch.setattr(common, "MINUTE", float("inf"))
     monkeypatch.setattr(common, "ROWS_PER_EPOCH", 1)  # the last step of an epoch writes one
     passes, runs = [], []
     next_batch, end_step = common.Run.next_batch, common.Run.end_step
@@ -67,19 +68,53 @@ def loop(imgs, monkeypatch):
     return trained
 
 
+@pytest.fixture
+def penalties(monkeypatch):
+    """Often enough that a short run records the steps with and without one."""
+    monkeypatch.setattr(train_dcgan, "R1_EVERY", 2)
+
+
+@pytest.fixture
+def no_choice(monkeypatch):
+    """cuDNN may not choose other kernels from run to run, nor those that add in any order."""
+    setup, cudnn = common.setup, torch.backends.cudnn
+
+    def alike(args):
+        device = setup(args)
+        cudnn.benchmark = False
+        return device
+
+    monkeypatch.setattr(common, "setup", alike)
+    with cudnn.flags(enabled=True, deterministic=True):
+        yield
+
+
+def replays():
+    """How many graphs the stand-in has replayed; a card does not tell."""
+    return gpu_first.STANDIN.counts()["replays"] if gpu_first.STANDIN else None
+
+
 # ----------------------------------------------------------------------------------- on a device
 
 
 @needs_gpu
-@pytest.mark.parametrize("place", ["on the GPU", "in a map"])
+@pytest.mark.parametrize(
+    "place, graph", [("on the GPU", True), ("on the GPU", False), ("in a map", True)]
+)
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_step_waits_for_nothing(name, place, loop, monkeypatch):
+def test_a_step_waits_for_nothing(name, place, graph, loop, penalties, monkeypatch):
     """Between two rows. In a balanced step each update waits once, to choose the next."""
     if place == "in a map":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**4, 10**12))
     script, flags = SCRIPTS[name]
-    run, passes = loop(script, **flags)
+    before = replays()
+    run, passes = loop(script, **flags, graph=graph)
     assert len(passes) == run.steps == 18
+    if gpu_first.STANDIN:  # DCGAN with R1 has two graphs, balanced three, each after three calls
+        calls = 18 + sum(int(s["extra_d"] + s["extra_g"]) for *_, s in passes if "bound" in s)
+        recorded = {"dcgan": 18 - 6, "dcgan_by_need": 15, "fcgan": 15, "balanced": calls - 9}[name]
+        least = recorded if name != "balanced" else 15
+        assert least <= replays() - before <= max(recorded, least) if graph else replays() == before
     assert [row for _, row, *_ in passes] == [False, False, True] * 6
     for waits, row, real, stats in passes:
         updates = 1 + stats["extra_d"] + stats["extra_g"] if name == "balanced" else 0
@@ -90,7 +125,8 @@ def test_a_step_waits_for_nothing(name, place, loop, monkeypatch):
             assert value.is_cuda and value.dtype == torch.float32 and value.shape == ()
             assert not value.requires_grad
     assert name != "balanced" or max(stats["extra_d"] + stats["extra_g"] for *_, stats in passes)
-    on_it = [*run.state["augment"].buffers(), run.indices]
+    augment = run.state.get("augment")
+    on_it = [*(augment.buffers() if augment else []), run.indices]
     on_it += [t for net in ("G", "D", "G_ema") for t in run.state[net].state_dict().values()]
     assert all(tensor.is_cuda for tensor in on_it)
 
@@ -141,17 +177,98 @@ def test_what_is_updated_together_has_equal_strides(name, resumed, loop):
         assert p.dim() < 4 or p.is_contiguous(memory_format=torch.channels_last)
 
 
+def weights(run):
+    """Of D, and those of G and G_ema that matter: a bias that BatchNorm takes away moves by the
+    rounding of a slope that is 0, which Adam makes as large as any other."""
+    content = common.load_file(Path(run, "checkpoint.pt"))
+    parts = {f"{net}.{k}": v for net in ("G", "D", "G_ema") for k, v in content[net].items()}
+    return {name: v for name, v in parts.items() if name.startswith("D.") or v.dim() > 1}
+
+
+def assert_close(a, b):
+    theirs = weights(b)
+    for key, value in weights(a).items():
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=2e-6, msg=key)
+
+
 @needs_gpu
-def test_the_averages_statistics_follow_its_weights_within_a_step_too(loop):
-    """Kernels that take lists of tensors do not raise a GPU tensor's version by themselves."""
-    run, _ = loop(train_dcgan, **SMALL | {"epochs": 1})
-    G, G_ema = run.state["G"], run.state["G_ema"]
-    z = common.latents(run.latent, 0, range(2)).to(run.device)
-    statistics = lambda: (G_ema(z), [b.clone() for b in G_ema.buffers() if b.dim()])[1]
-    before = statistics()
-    assert all(torch.equal(a, b) for a, b in zip(before, statistics()))
-    common.update_ema(G_ema, G, run.step, 0.5)
-    assert not any(torch.equal(a, b) for a, b in zip(before, statistics()))
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_graph_computes_what_plain_steps_do_and_resumes_to_the_bit(
+    name, imgs, penalties, no_choice
+):
+    script, flags = SCRIPTS[name]
+    flags = flags | {"precision": "fp32", "device": "cuda"}
+    before = replays()
+    whole = script.train(**flags, out="whole")
+    recorded = replays()
+    plain = script.train(**flags, out="plain", graph=False)
+    if gpu_first.STANDIN:
+        assert recorded >= before + 12 and replays() == recorded
+    assert_close(whole, plain)
+    first, last = weights(script.train(**flags | {"epochs": 1}, out="first")), weights(whole)
+    moved = max((last[key] - first[key]).abs().max() for key in last)
+    assert moved > 1e-3  # a step that does nothing would agree too
+    assert [*read(whole)[0]] == [*read(plain)[0]]
+    for ours, other in zip(read(whole), read(plain), strict=True):
+        for column in {*ours} - {"seconds", "images_per_s"}:
+            assert float(ours[column]) == pytest.approx(float(other[column]), abs=1e-4), column
+    parts = script.train(**flags | {"epochs": 4}, out="parts")
+    before = replays()
+    script.train(resume=parts, epochs=6)
+    assert_same_run(whole, parts)
+    assert not gpu_first.STANDIN or replays() > before or name == "dcgan"  # 6 steps, two graphs
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["dcgan_by_need", "balanced"])
+def test_a_run_goes_from_graph_to_plain_and_back(name, imgs, no_choice):
+    """A checkpoint does not know of it, and the rates fall on where they were."""
+    script, flags = SCRIPTS[name]
+    flags = flags | {"precision": "fp32", "device": "cuda"}
+    plain = script.train(**flags, out="plain", graph=False)
+    mixed = script.train(**flags | {"epochs": 2}, out="mixed")
+    before = replays()
+    script.train(resume=mixed, epochs=4, graph=False)
+    assert replays() == before
+    script.train(resume=mixed, epochs=6, graph=True)
+    assert not gpu_first.STANDIN or replays() > before
+    assert_close(plain, mixed)
+    saved = [common.load_file(Path(run, "checkpoint.pt")) for run in (plain, mixed)]
+    for opt in ("opt_d", "opt_g"):
+        groups = [content[opt]["param_groups"] for content in saved]
+        assert groups[0] == groups[1] and isinstance(groups[0][0]["lr"], float)
+
+
+@needs_gpu
+def test_a_batch_of_another_size_has_a_graph_of_its_own(imgs):
+    """As after more images were put into the folder of a step that is kept."""
+    device = torch.device("cuda")
+    net = torch.nn.Linear(4, 1).to(device)
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+
+    def train_step(net, opt, x, double=False):
+        loss = net(x).square().mean() * (2 if double else 1)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return {"loss": loss.detach(), "twice": torch.stack([loss.detach()] * 2)}
+
+    args = types.SimpleNamespace(graph=True)
+    step, before = common.Recorded(train_step, device, args), replays()
+    twin = copy.deepcopy(net)
+    other = torch.optim.SGD(twin.parameters(), 0.1)
+    held = []
+    for i in range(40):
+        x = torch.randn(3 + i % 2, 4, device=device)
+        stats = [step(net, opt, x, double=i % 4 > 1), train_step(twin, other, x, i % 4 > 1)]
+        for name, shape in (("loss", ()), ("twice", (2,))):
+            assert stats[0][name].shape == shape
+            torch.testing.assert_close(stats[0][name], stats[1][name])
+        held.append((stats[0]["loss"], stats[0]["loss"].item()))
+    for tensor, number in held:  # a later replay does not write into what was returned
+        assert tensor.item() == number
+    assert not gpu_first.STANDIN or replays() - before == 40 - 4 * 3
+    torch.testing.assert_close(net.weight, twin.weight)
 
 
 @needs_gpu
@@ -243,7 +360,7 @@ def test_generate_draws_the_last_grid_again(name, imgs, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     generate.main()
     grid = (run / "samples/epoch_0002.png").read_bytes()
-    assert Path("generated/run-grid.png").read_bytes() == grid
+    assert Path("generated/run-grid-8x8.png").read_bytes() == grid
     assert (run / "samples/epoch_0000.png").read_bytes() != grid
 
 
@@ -252,17 +369,41 @@ def test_the_first_minutes_on_a_card_as_one_command(monkeypatch):
     launcher = ["-m", "standin_gpu"] if gpu_first.STANDIN else []
     if gpu_first.STANDIN:
         monkeypatch.setenv("PYTHONPATH", str(Path(gpu_first.STANDIN.__file__).parent))
-    command = [sys.executable, *launcher, gpu_first.__file__, "--small"]
+    command = [sys.executable, *launcher, gpu_first.__file__, "--small", "--seconds=400"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = {line[:62].strip(): line[63:] for line in result.stdout.splitlines()}
-    assert len(rows) > 20 and not [what for what in rows.values() if "Error" in what]
-    waits = [what for name, what in rows.items() if name.startswith("waits a step")]
-    assert [what.partition(";")[0] for what in waits] == ["0", "0", "1"]
-    assert sum("images/s" in what for what in rows.values()) >= 14
+    rows = {line[:56].strip(): line[57:] for line in result.stdout.splitlines()}
+    assert len(rows) > 30 and not [what for what in rows.values() if "Error" in what]
+    steps = {name: what for name, what in rows.items() if name.startswith("a step of")}
+    assert len(steps) == 8
+    for name, what in steps.items():
+        waits, _, operations = what.partition("; ")
+        assert waits[0] == ("1" if "balanced" in name else "0"), name
+        assert int(operations.split()[0]) > 100
+    first = [*rows][3:6]  # the most telling ones
+    assert [name.rpartition(": ")[2] for name in first] == ["graph", "--no-graph", "a plain loop"]
+    assert sum("images/s" in what for what in rows.values()) >= 17
     assert torch.__version__ in rows["python, torch"]
+    assert result.stdout.endswith(" 0 rows skipped\n")
     if gpu_first.STANDIN:
-        assert sum(what == "the same bits" for what in rows.values()) == 3
+        assert sum(what == "the same bits" for what in rows.values()) == 5
+        assert float(rows["graph and --no-graph"].rpartition(" ")[2]) < 1e-6
+
+
+def test_a_row_that_no_longer_fits_is_skipped_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_first.row, "skipped", 0)
+    monkeypatch.setattr(gpu_first.row, "end", time.monotonic() + 60)
+    gpu_first.row("first", lambda: "7 images/s")
+    gpu_first.row("second", lambda: 1 / 0)
+    gpu_first.row("third", lambda: pytest.fail("made"), 100)
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["first", "7 images/s"],
+        ["second", "ZeroDivisionError: division by zero"],
+        ["third", "skipped: no time left"],
+    ]
+    assert gpu_first.row.skipped == 1
 
 
 # -------------------------------------------------------------------------------------- anywhere
@@ -293,6 +434,33 @@ def test_a_gpu_that_cannot_be_used_is_one_loud_line(torch_for, card, reason, mon
     assert out.count("\n") == bool(reason)
     common.choose_device("cpu")  # chosen, so not worth a word
     assert capsys.readouterr().out == ""
+
+
+LATER = "\nCUDA kernel errors might be asynchronously reported at some other API call\nCompile with"
+CAUSES = {
+    "torch is too old": "CUDA error: no kernel image is available for execution on the device"
+    + LATER,
+    "busy": "CUDA error: CUDA-capable device(s) is/are busy or unavailable" + LATER,
+    "full": "CUDA error: out of memory" + LATER,
+    "the driver is too old": "The NVIDIA driver on your system is too old (found version 11040).",
+    "none": "Torch not compiled with CUDA enabled",
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_why_a_gpu_cannot_be_used_is_said_in_its_own_words(cause, imgs, monkeypatch, capsys):
+    def fails(*shape, device=None):
+        raise (AssertionError if cause == "none" else RuntimeError)(CAUSES[cause])
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", fails)
+    monkeypatch.setattr(sys, "argv", ["train_dcgan.py", "--path=imgs", "--device=cuda"])
+    with pytest.raises(SystemExit) as stop:
+        train_dcgan.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "try cpu" in error
+    assert CAUSES[cause].partition("\n")[0] in error and "--batch_size" not in error
 
 
 FULL = [
@@ -358,6 +526,8 @@ def test_the_gpu_of_a_process_is_set_before_any_is_touched(name, local_rank, cho
         monkeypatch.delenv(variable, raising=False)
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setattr(common, "WORLD_SIZE", 4)
+        monkeypatch.setattr(common, "join_ranks", lambda device: None)
     found = lambda check_available: torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", found)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -369,6 +539,17 @@ def test_the_gpu_of_a_process_is_set_before_any_is_touched(name, local_rank, cho
     with Recorder(calls):
         assert common.setup(args) == gpu
     assert calls[0] == f"set_device {gpu}" and calls[1:] == [f"zeros {gpu}", "bf16?"]
+
+
+@pytest.mark.parametrize("name, chosen", [("cuda", 0), ("cuda:1", 1)])
+def test_a_process_alone_takes_no_hint_of_a_scheduler(name, chosen, monkeypatch):
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "3")  # set for jobs of one process too
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device.index))
+    with Recorder([]):
+        assert common.choose_device(name) == torch.device("cuda", chosen)
+    assert calls == [chosen]
 
 
 def test_images_are_drawn_without_tf32_and_with_the_same_kernels_each_time(imgs, monkeypatch):
@@ -401,5 +582,35 @@ def test_every_generator_that_draws_is_seeded_for_each_step(imgs, monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(train_dcgan, "train_step", noting)
-    train_dcgan.train(**SMALL | {"epochs": 2})
+    train_dcgan.train(**SMALL | {"epochs": 2}, graph=False)
     assert all(len(seed) == 1 for seed in seeds) and len(set.union(*seeds)) == len(seeds) == 6
+
+
+def operations_of_a_step(image_size=64):
+    """Of train_dcgan.py's in bf16, the average included, and of Augment's forward alone."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = types.SimpleNamespace(
+        k=1, z_dim=8, one_sided=0.0, r1=0.0, precision="bf16", compile=False
+    )
+    G, D = train_dcgan.Generator(image_size, 3, 8, 4), train_dcgan.Discriminator(image_size, 3, 4)
+    G_ema = common.averaged(G, device)
+    G, D = common.prepare(G, device, args), common.prepare(D, device, args)
+    opts = [torch.optim.Adam(net.parameters(), 1e-3, fused=True) for net in (D, G)]
+    augment = train_dcgan.Augment(image_size).to(device)
+    real = torch.rand(4, 3, image_size, image_size, device=device)
+    real = real.to(memory_format=torch.channels_last)
+    for _ in range(2):  # the first makes the moments
+        with gpu_first.Operations() as step:
+            train_dcgan.train_step(G, D, *opts, augment, real, False, args)
+            common.update_ema(G_ema, G, 3, 0.99)
+    with gpu_first.Operations() as forward:
+        augment(real)
+    return step.names, forward.names
+
+
+def test_a_step_at_64_pixels_is_fewer_than_320_operations_and_augmentation_25():
+    """A GPU is bound by their number: it was 406, of which 165 were augmentation."""
+    step, augment = operations_of_a_step()
+    assert len(augment) <= 25, augment
+    assert 200 < len(step) < 320, sorted(step)
+    assert step.count("_fused_adam_") == 2 and step.count("_foreach_lerp_") == 1

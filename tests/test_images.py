@@ -168,6 +168,7 @@ def test_the_line_after_decoding_tells_what_costs_samples(imgs, capsys):
         (notes,) = Path(".cache").glob("*.json")
         assert f"1 of 27 files cannot be decoded, see {notes.name}; in .cache/" in out, start
         assert "2 exact duplicates (kept)" in out, start
+        assert ("reading: 27 of 27 files" in out) == (start == "decoded now")  # the last line
         assert "1 images are left out" in out and "phone.heic" in out, start
 
 

@@ -609,6 +609,22 @@ def test_the_end_says_where_to_look_and_what_comes_next(path, imgs, capsys):
     assert shlex.split(command) == ["fid.py", path, str(run)]
 
 
+def test_the_settings_of_the_start_can_be_typed(capsys):
+    """Those that were settled, too: a list of classes, switches, odd names."""
+    for kind in ("cats", "wild dogs", "birds"):
+        Path("my imgs", kind).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(f"my imgs/{kind}/{i}.png")
+    flags = {"path": "my imgs", "label": ["cats", "wild dogs"], "flip": True, "epochs": 1}
+    run = train_dcgan.train(**SMALL | flags)
+    (line,) = [ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("settings: ")]
+    script, *words = shlex.split(line.removeprefix("settings: ").removeprefix("python "))
+    assert script == "train_dcgan.py"
+    assert words[words.index("--label") + 1 :][:2] == ["cats", "wild dogs"]
+    typed = common.settings_of(train_dcgan.get_args(words))
+    assert typed == common.load_file(run / "checkpoint.pt")["config"]
+
+
 @pytest.mark.parametrize("script", [train_dcgan, train_fcgan, train_balanced, generate, fid])
 def test_help_names_a_value_or_a_rule(script, monkeypatch, capsys):
     call(monkeypatch, script, "--help", code=0)
@@ -690,7 +706,13 @@ def test_a_killed_process_leaves_no_lock_and_a_live_one_keeps_it(imgs):
     assert common.load_file("run/checkpoint.pt")["step"] > step
 
 
-def test_fid_takes_the_classes_that_a_run_has_learned(monkeypatch, capsys):
+@pytest.fixture
+def no_inception(monkeypatch):
+    """For tests that make statistics up: the network takes seconds to build."""
+    monkeypatch.setattr(fid, "load_inception", lambda *_: (torch.nn.Identity(), "random"))
+
+
+def test_fid_takes_the_classes_that_a_run_has_learned(no_inception, monkeypatch, capsys):
     images, labels = common.read_dataset("glyphs")
     chosen = {"dataset": "glyphs", "label": [7], "epochs": 1, "image_size": 16, "width": 4}
     run = train_dcgan.train(**chosen)
@@ -698,21 +720,23 @@ def test_fid_takes_the_classes_that_a_run_has_learned(monkeypatch, capsys):
 
     def noting(images, *_):
         taken.append(np.stack([*images]))
-        return np.zeros(2048), np.eye(2048), len(taken[-1])
+        return np.zeros(8), np.eye(8), len(taken[-1])
 
     monkeypatch.setattr(fid, "feature_stats", noting)
     call(monkeypatch, fid, "glyphs", run, "--features=random", "--img_num=4")
     assert len(taken[0]) == (labels == 7).sum() > 300 and len(taken[1]) == 4
-    assert "only the classes that the run was trained on count: [7]" in capsys.readouterr().out
+    assert "only the classes count that the run has learned: 7\n" in capsys.readouterr().out
 
 
-def test_a_name_with_a_slash_is_a_path_and_a_bare_one_the_data_set(monkeypatch, capsys):
+def test_a_name_with_a_slash_is_a_path_and_a_bare_one_the_data_set(
+    no_inception, monkeypatch, capsys
+):
     write_images(Path("glyphs"), 5)
     counted = []
     monkeypatch.setattr(
         fid,
         "feature_stats",
-        lambda images, *_: (np.zeros(2048), np.eye(2048), counted.append(len([*images])) or 9),
+        lambda images, *_: (np.zeros(8), np.eye(8), counted.append(len([*images])) or 9),
     )
     call(monkeypatch, fid, "./glyphs", "glyphs", "--features=random")
     assert counted == [5, 4800]
@@ -753,13 +777,25 @@ def test_a_lone_label_works_with_the_default_data_set(monkeypatch):
 
 def test_about_a_hundred_grids_and_ten_snapshots_unless_typed(monkeypatch):
     write_images(Path("imgs"), 4)
+    stats, due, write = dict.fromkeys(STATS, torch.tensor(0.5)), [], common.Run.write
+
+    def noted(run, grid, keep, save):
+        due.append((grid, keep))
+        if run.step in (0, run.steps):  # the others take their time
+            write(run, grid, keep, save)
+
+    monkeypatch.setattr(train_dcgan, "train_step", lambda *_: stats)
+    monkeypatch.setattr(common.Run, "write", noted)
     tiny = SMALL | {"batch_size": 4, "epochs": 230}
-    run = train_dcgan.train(**tiny)
-    assert 75 <= len(list(run.glob("samples/epoch_*.png"))) <= 101
-    assert len(list(run.glob("generator_*.pt"))) == 10
-    typed = train_dcgan.train(**tiny | {"epochs": 6}, sample_every=3, checkpoint=2)
-    assert len(list(typed.glob("samples/epoch_*.png"))) == 3
-    assert len(list(typed.glob("generator_*.pt"))) == 3
+    for flags, grids, snapshots in (
+        ({}, range(75, 102), range(10, 11)),
+        ({"sample_every": 50, "checkpoint": 100}, [6], [3]),  # the first and last, too
+    ):
+        due.clear()
+        run = train_dcgan.train(**tiny, **flags)
+        grid, keep = (sum(which) for which in zip(*due))
+        assert grid in grids and keep in snapshots
+        assert (run / "generator_0230.pt").exists() and (run / "samples/epoch_0230.png").exists()
 
 
 def test_a_stop_says_saved_before_it_draws(imgs, monkeypatch, capsys):
@@ -797,7 +833,7 @@ def test_generate_leaves_the_images_of_another_run_alone(imgs, monkeypatch, caps
     call(monkeypatch, generate, f"--load_path={runs[0]}", "--save_path=x")  # the same run
 
 
-def test_fid_of_all_snapshots_is_written_as_it_goes(imgs, monkeypatch):
+def test_fid_of_all_snapshots_is_written_as_it_goes(imgs, no_inception, monkeypatch):
     run = train_dcgan.train(**SMALL | {"epochs": 3})
     calls = []
 
@@ -805,7 +841,7 @@ def test_fid_of_all_snapshots_is_written_as_it_goes(imgs, monkeypatch):
         calls.append(len([*images]))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return np.zeros(2048), np.eye(2048), calls[-1]
+        return np.zeros(8), np.eye(8), calls[-1]
 
     monkeypatch.setattr(fid, "feature_stats", stats)
     flags = ["imgs", run, "--all", "--features=random", "--img_num=4"]

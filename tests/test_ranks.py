@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,7 +25,8 @@ import train_dcgan
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORKER = str(ROOT / "tests/rank_worker.py")
 TINY = ["--image_size=16", "--z_dim=8", "--batch_size=12", "--channels=1", "--precision=fp32"]
-PLAIN = ["--norm=none", "--augment=none", "--flip"]  # nothing per rank in it, z being the same
+TINY += ["--device=cpu"]  # wherever: there are more processes than GPUs
+PLAIN = ["--norm=none", "--flip"]  # nothing per rank in it, z being the same; R1: no augmentation
 STILL = ["--lrd=0", "--lrg=0", "--epochs=1"]
 SCENARIOS = [
     ["train_dcgan", *TINY, *PLAIN, *STILL, "--width=4", "--k=2", "--r1=1", "--path=imgs",
@@ -33,7 +35,8 @@ SCENARIOS = [
      "--path=imgs", "--out=fcgan"],
     ["train_balanced", *TINY, "--width=4", "--path=imgs", "--out=balanced", "--epochs=2",
      "--margin=0"],
-    ["train_dcgan", *TINY, "--width=4", "--path=imgs", "--out=undisturbed", "--epochs=3"],
+    ["train_dcgan", *TINY, "--width=4", "--flip", "--path=imgs", "--out=undisturbed",
+     "--epochs=3"],
 ]  # fmt: skip
 
 
@@ -119,19 +122,21 @@ def test_two_machines_and_three_processes_train_as_one_does(grey_levels):
                         for name in (f"{run}-of-1", f"{run}-of-3", run)]  # fmt: skip
                 assert rows[0].shape == rows[1].shape == rows[2].shape
                 for row in rows[1:]:
-                    np.testing.assert_allclose(row[:, 4:9], rows[0][:, 4:9], rtol=1e-4)
+                    np.testing.assert_allclose(row[:, 5:10], rows[0][:, 5:10], rtol=1e-4)
             else:  # z, augmentation and dropout are each rank's own
                 assert not torch.equal(parts[0]["own"][-1][0], parts[1]["own"][-1][0])
     assert Path("undisturbed/losses.png").exists()
 
     # a worker killed at some step is started again and ends with the same bits
-    disturbed = [word.replace("undisturbed", "disturbed") for word in SCENARIOS[-1]]
+    disturbed = [word.replace("undisturbed", "disturbed") for word in SCENARIOS[-1]] + ["--resume"]
     launcher, event = (
         ["--standalone", "--nproc_per_node=2", "--max_restarts=1"],
         random.randint(1, 5),
     )
     print("killed at the end of step", event)
-    finish(start(launcher, WORKER, json.dumps([disturbed]), EVENT=f"kill {event}"))
+    out, _ = finish(start(launcher, WORKER, json.dumps([disturbed]), EVENT=f"kill {event}"))
+    begun, again = map(int, re.findall(r"^disturbed: step (\d) to 6", out, re.M))
+    assert begun == 0 and again in (event - 1, event)  # or rank 0 was ended as it saved
     assert_same_run("undisturbed", "disturbed")
 
     # one alone under torchrun ends with the bits of a plain process
@@ -146,7 +151,7 @@ def assert_same_run(a, b):
     for name in ("G", "D", "G_ema", "opt_d", "opt_g", "augment"):
         assert_equal(kept[0][name], kept[1][name])
     losses = [
-        [line.split(",")[4:9] for line in Path(run, "metrics.csv").read_text().splitlines()]
+        [line.split(",")[5:] for line in Path(run, "metrics.csv").read_text().splitlines()]
         for run in (a, b)
     ]
     assert losses[0] == losses[1] and len(losses[0]) > 3

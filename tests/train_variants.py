@@ -42,6 +42,7 @@ def get_args(argv, **flags):
     add("--one_sided", type=common.bounded(float, 0, 1), default=0.0)
     add("--norm", choices=["batch", "none"], default="batch", help="of G")
     add("--norm_d", choices=["batch", "none"], default="batch", help="of D")
+    add("--augment", choices=["need", "none"], default="none", help="need: as train_dcgan's")
     add("--init", choices=["normal", "xavier"], default="normal")
     add("--upsample", action=switch, default=False, help="nearest x2, 3x3 convolution")
     add("--spectral", action=switch, default=False, help="D: Miyato et al., 2018")
@@ -69,7 +70,7 @@ class Generator(train_dcgan.Generator):
                 self.layers[i] = nn.Sequential(nn.Upsample(scale_factor=2), conv)
 
 
-def train_step(G, D, opt_d, opt_g, augment, real, step, args):
+def train_step(G, D, opt_d, opt_g, augment, real, penalize, args):
     """train_dcgan.train_step at k=1 on one rank, with the losses of the flags."""
     fake = G(torch.randn(len(real), args.z_dim, device=real.device))
     seen = augment(real)
@@ -83,7 +84,7 @@ def train_step(G, D, opt_d, opt_g, augment, real, step, args):
         loss_d = loss_real.mean() + F.softplus(logits_fake).mean()
     objective = loss_d
     for gamma, images in ((args.r1, seen), (args.r2, fake)):
-        if gamma and step % args.every == 0:
+        if gamma and penalize:
             objective = objective + args.every * gamma / 2 * train_dcgan.r1_penalty(D, images)
     opt_d.zero_grad()
     objective.backward()
@@ -129,19 +130,21 @@ def train(*argv, **flags):
     opt_d = torch.optim.Adam(D.parameters(), args.lrd, betas, fused=True)
     opt_g = torch.optim.Adam(G.parameters(), args.lrg, betas, fused=True)
 
-    augment = common.Augment(args.augment).to(device)
+    augment = train_dcgan.Augment(args.image_size, args.augment == "need").to(device)
     z = {"dim": args.z_dim, "distribution": "normal"}
     state = {"G": G, "D": D, "G_ema": G_ema, "opt_d": opt_d, "opt_g": opt_g, "augment": augment}
     state |= more
     run = common.Run(args, __file__, images, device, size | own, z, **state)
+    step = common.Recorded(train_step, device, args)
     for real in run.batches():
         scale = args.lr_decay**run.epoch
         if args.hold:
-            kimg = run.step * run.images_per_step / 1000
+            kimg = run.images_seen / 1000
             scale *= (args.hold / max(kimg, args.hold)) ** args.power
         for opt, rate in ((opt_d, args.lrd), (opt_g, args.lrg)):
             opt.param_groups[0]["lr"] = rate * scale
-        stats = train_step(G, D, opt_d, opt_g, augment, real, run.step, args)
+        penalize = run.step % args.every == 0
+        stats = step(G, D, opt_d, opt_g, augment, real, penalize, args)
         for decay, average in [(args.ema, G_ema), *zip(args.emas, more.values())]:
             common.update_ema(average, G, run.step, decay)
         run.end_step(stats)
