@@ -35,7 +35,6 @@ import signal
 import socket
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -100,10 +99,8 @@ def decoded(names, open_image, work=decode, **options):
 
 
 def image_files(path):
-    """Of a folder or .zip: {name: (bytes, time or hash)} of its images, and what opens one.
-
-    In a folder links are followed; what these scripts wrote, runs and samples, is left out.
-    """
+    """Of a folder or .zip: {name: (bytes, time or hash)} of its images, and what opens one. Links
+    are followed; what these scripts wrote, runs and samples, is left out."""
     if os.path.isdir(path):
         found = files_below(path)
         open_image = lambda name: open(os.path.join(path, name), "rb")  # noqa: SIM115
@@ -157,13 +154,11 @@ def is_run(folder):
 
 
 def load_images(path, image_size, channels="auto", cache=".cache"):
-    """Decode a folder or .zip once; returns a memory-mapped uint8 (N, H, W, C) array.
+    """Decode a folder or .zip once, into `cache`; returns a memory-mapped uint8 (N, H, W, C) array.
 
-    Images are cropped to their central square and resized to `image_size`. `channels` is "1", "3"
-    or "auto": 1 if all files are grey (others than the files' are made in memory). The result
-    stays in `cache` while files and settings stay the same. Its attributes: `names` of the files
-    that could be decoded, and `fingerprint`, which follows from the pixels. Files that could not
-    are listed; UserError if nothing is left.
+    Of each image the central square, resized to `image_size`. `channels`: "1", "3", or "auto", 1 if
+    all are grey; what the files do not have is made in memory. Attributes of the array: `names` of
+    the files that could be decoded, and `fingerprint`, of the pixels. UserError if none is left.
     """
     files, open_image = image_files(path)
     whole = Path(path).resolve()
@@ -219,7 +214,7 @@ def fill_cache(cached, names, open_image, image_size):
     with replacing(cached) as part, part.open("wb") as file:  # no map: the disk may be full
         np.lib.format.write_array_header_1_0(file, header())
         images = decoded(names, open_image, image_size=image_size, channels=shape[2])
-        for name, (pixels, error) in zip(names, images):
+        for (pixels, error), name in zip(images, names):  # to the end of images: it tells
             if error:
                 failed[name] = error
             else:
@@ -244,11 +239,9 @@ def classes_of(names):
 
 
 def load_data(args):
-    """The images that the flags name, uint8 (N, H, W, C), and their classes, int64 (N,) or None.
-
-    Classes are those of the data set, or the subfolders of --path. `args` gets their names,
-    `classes`, and a `fingerprint` of the images, so that a run is not resumed with others.
-    """
+    """The images that the flags name, uint8 (N, H, W, C), and their classes, int64 (N,) or None:
+    the data set's, or the subfolders of --path. `args` gets their names, `classes`, and a
+    `fingerprint` of the images, so that a run is not resumed with others."""
     if RANK > 0:
         dist.barrier()  # rank 0 comes first: what it decodes or downloads is there for the others
     if args.path:
@@ -291,10 +284,7 @@ FILES = {  # address, the first digits of the sha256
 
 def read_dataset(name, data_dir="data", image_size=None, channels="auto"):
     """The training split of one of DATASETS: uint8 images (N, H, W, C) and labels, int64 (N,).
-
-    Read from `data_dir`, downloaded into it if nothing is there; "glyphs" are drawn. Files that are
-    there are checked for size and layout, downloads for their hash; UserError if that fails.
-    """
+    What is not in `data_dir` is downloaded; files are checked for their layout or hash."""
     if name == "glyphs":
         return draw_glyphs(image_size or 32, 1 if channels == "1" else 3)
     if name == "mnist":
@@ -394,9 +384,7 @@ def draw_glyphs(image_size, channels=3, n=4800, seed=0):
 
 def prepare(net, device, args):
     """Place a network: channels_last; its forward pass in bf16 or compiled, where asked for.
-
-    Parameters stay float32. Outside the forward pass, so in the losses, nothing is in bf16.
-    """
+    Parameters stay float32, and so does all outside the forward pass, the losses too."""
     net.to(device, memory_format=torch.channels_last)
     if args.precision == "bf16":
         net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
@@ -454,15 +442,14 @@ def refresh_batchnorm(G_ema, latent, seed=0):
 
 
 def draw_latents(latent, n, generator=None, label=None):
-    """n inputs of G, (n, dim): {"dim": 100, "distribution": "normal" or "uniform"} says how.
-
-    With {"classes": 10} besides, a class follows in one-hot form, (n, dim + 10): `label`, or any.
-    """
-    if latent["distribution"] not in ("normal", "uniform"):
+    """n inputs of G, (n, dim): {"dim": 100, "distribution": "normal" or "uniform"} says how. With
+    {"classes": 10} besides, a class follows in one-hot form, (n, dim + 10): `label`, or any."""
+    if latent["distribution"] == "uniform":
+        z = torch.rand(n, latent["dim"], generator=generator) * 2 - 1
+    elif latent["distribution"] == "normal":
+        z = torch.randn(n, latent["dim"], generator=generator)
+    else:
         raise UserError(f"a latent is normal or uniform, not {latent['distribution']!r}")
-    draw = torch.rand if latent["distribution"] == "uniform" else torch.randn
-    z = draw(n, latent["dim"], generator=generator)
-    z = z * 2 - 1 if latent["distribution"] == "uniform" else z
     if "classes" not in latent:
         return z
     label = torch.randint(latent["classes"], (n,), generator=generator) if label is None else label
@@ -470,10 +457,8 @@ def draw_latents(latent, n, generator=None, label=None):
 
 
 def latents(latent, seed, numbers, label=None):
-    """G's inputs for the images with these numbers, each from (seed, number) alone; on the CPU.
-
-    Where there are classes, they take turns, or all are of class `label`.
-    """
+    """G's inputs for the images with these numbers, each from (seed, number) alone, on the CPU.
+    Where there are classes, they take turns, or all are of class `label`."""
     source, rows = torch.Generator(), []
     for number in numbers:
         source.manual_seed(mixed(seed, "image", number))
@@ -717,9 +702,8 @@ def save_curves(panels, path, xlabel, width=900, height=300):
     for i, (title, x, curves) in enumerate(panels):
         left, top, right, bottom = 70, i * height + 40, width - 20, (i + 1) * height - 45
         ys = np.array(list(curves.values()))
-        x_ticks, y_ticks = (
-            ticks(v.min(), v.max() + (v.min() == v.max())) for v in (np.array(x), ys)
-        )
+        spans = [(v.min(), v.max() + (v.min() == v.max())) for v in (np.array(x), ys)]
+        x_ticks, y_ticks = (ticks(*span) for span in spans)
         columns = np.linspace(left, right, len(x_ticks))
         rows = np.linspace(bottom, top, len(y_ticks))
         for row, tick in zip(rows, y_ticks):
@@ -790,7 +774,12 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     add("--flip", action=switch, default=False, help="mirror at random: faces yes, letters no")
     add("--epochs", type=bounded(int, 1), default=epochs, help="total passes over the images")
     add("--batch_size", type=bounded(int, 2), default=batch_size, help="real images for D")
-    add("--ema", type=bounded(float, 0, 1), default=ema, help="largest decay of the averaged generator")
+    add(
+        "--ema",
+        type=bounded(float, 0, 1),
+        default=ema,
+        help="largest decay of the averaged generator",
+    )
     add("--seed", type=bounded(int, 0, 2**63), default=0, help="everything random follows from it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
@@ -807,8 +796,8 @@ def run_parser(script, manual, epochs, batch_size, ema=0.999):
     return parser
 
 
-OF_A_START = ("out", "resume", "config", "summary", "typed", "fingerprint", "classes", "others")
-OF_A_START += ("parser",)
+OF_A_START = ("out", "resume", "config", "summary")  # and what parse_flags and load_data add:
+OF_A_START += ("parser", "typed", "others", "fingerprint", "classes")
 MAY_CHANGE = ("epochs", "device", "precision", "graph", "compile", "checkpoint", "sample_every")
 MAY_CHANGE += ("tensorboard", "path", "data_dir", "cache")
 
@@ -873,8 +862,7 @@ def resumed(parser, words, args):
     folder = newest_run(script) if args.resume == "newest" else Path(args.resume)
     if folder.suffix == ".pt" and folder.name != "checkpoint.pt":
         raise UserError(f"{folder} is a snapshot: --resume {folder.parent} goes on from its run")
-    folder = folder.parent if folder.suffix == ".pt" else folder
-    run = load_file(folder / "checkpoint.pt")
+    run, folder = load_file(folder), folder.parent if folder.suffix == ".pt" else folder
     if run["script"] != script:
         raise UserError(f"{folder} was trained by {run['script']}.py: resume it with that")
     if not isinstance(run.get("typed"), dict) or "origin" not in run:
@@ -936,14 +924,12 @@ def setup(args):
         raise UserError("--tensorboard needs a package: pip install tensorboard")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    fast = device.type == "cpu" and bf16
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        if args.precision == "bf16" and not fast:
-            say("this GPU does not multiply in bf16: going on in fp32")
-            args.precision = "fp32"
-    if args.precision == "auto":
+    cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = gpu or (cpu and device.type == "cpu")
+    if device.type == "cuda" and args.precision == "bf16" and not fast:
+        say("this GPU does not multiply in bf16: going on in fp32")
+    if args.precision == "auto" or device.type == "cuda" and not fast:
         args.precision = "bf16" if fast else "fp32"
     torch.manual_seed(mixed(args.seed, "init"))
     return device
@@ -983,17 +969,14 @@ def join_ranks(device):
         if not re.fullmatch(r".+:\d+", place):
             where = "MASTER_ADDR and MASTER_PORT name no place to meet"
             raise UserError(f"WORLD_SIZE is {WORLD_SIZE}, but {where}: use torchrun, or unset it")
-        waiting = f"waiting for {WORLD_SIZE - 1} more processes at {place}"
-        clock = threading.Timer(10, print, [waiting], {"file": sys.stderr})
-        clock.daemon = True
-        clock.start()
+        if RANK == 0:
+            say(f"waiting for {WORLD_SIZE - 1} more processes at {place}")
         patience = {"timeout": datetime.timedelta(hours=6)}  # rank 0 may decode many images
         store, rank, world_size = next(dist.rendezvous("env://", **patience))
         # processes that torchrun starts again must not meet the traces of those before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, None, patience["timeout"], world_size, rank, store)
-        clock.cancel()
     if RANK > 0:
         sys.stdout = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
 
@@ -1040,10 +1023,9 @@ def reason(error):
 
 def say(text, end="\n"):
     """print, which ends no run: neither a terminal that is gone nor what it cannot show."""
+    code = getattr(sys.stdout, "encoding", None) or "ascii"
     try:
-        print(text, end=end, flush=True)
-    except UnicodeError:
-        print(text.encode("ascii", "backslashreplace").decode(), end=end, flush=True)
+        print(text.encode(code, "backslashreplace").decode(code), end=end, flush=True)
     except (OSError, ValueError):  # a dead pipe, a closed file
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
@@ -1107,7 +1089,7 @@ PARTS = {"script": str, "generator_args": dict, "z": dict, "config": dict, "G_em
 
 
 def load_file(path):
-    """Read a snapshot or a folder's checkpoint onto the CPU: tensors and plain types, no objects."""
+    """Read a snapshot or a run's checkpoint onto the CPU: tensors and plain types, no objects."""
     path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: no member is larger
