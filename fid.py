@@ -437,8 +437,7 @@ def measure_all(run, reference, net, like, settings, args):
 def facts_of(run):
     """(image_size, channels) of what a run or snapshot generates, and the --label it learned."""
     _, _, size, channels = generate.sample(*generate.load_generator(run), [0]).shape
-    snapshot = common.load_file(run / "checkpoint.pt" if run.is_dir() else run)
-    return (size, channels), snapshot["config"].get("label")
+    return (size, channels), common.load_file(run)["config"].get("label")
 
 
 def check_places(args):

@@ -42,20 +42,14 @@ def get_args(argv):
     return parser.parse_args(argv)
 
 
-def load_snapshot(path):
-    """The content of a run's checkpoint.pt, or of a snapshot, and where it lies."""
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    return common.load_file(path), path
-
-
 def load_generator(path=None, device="cpu"):
     """The averaged generator of a run folder or snapshot (default: the newest run), and its `z`.
 
     The snapshot names its script, train_*.py, which must lie beside this file; its Generator is
     built with the recorded arguments. Raises common.UserError where anything does not fit.
     """
-    snapshot, path = load_snapshot(path or common.newest_run())
+    path = path or common.newest_run()
+    snapshot = common.load_file(path)
     name = str(snapshot["script"])
     script = Path(__file__).parent / f"{name}.py"
     if not re.fullmatch(r"train_\w+", name) or not script.is_file():
@@ -181,7 +175,6 @@ def main():
         common.say(f"{args.img_num} images of {source} in {folder}")
         if (count := len(list(folder.glob("*.png")))) > args.img_num:
             common.say(f"{folder} holds {count} images now: others were there before")
-
         grid = beside(f"grid-{side}x{side}.png")
         common.save_grid(images, grid, side)
         common.say(f"{grid}: the first {side} x {side}")
@@ -191,12 +184,11 @@ def main():
             common.save_gif([*map(common.to_picture, frames)], beside("interpolation.gif"))
             common.say(f"{beside('interpolation.png')}, .gif: from image to image, a way a row")
         if args.nearest:
-            flip = load_snapshot(source)[0]["config"].get("flip", False)
+            flip = common.load_file(source)["config"].get("flip", False)
             found, distances = nearest(images, others, flip)
             common.save_grid(pairs(images, found, distances), beside("nearest.png"), side)
-            mirrored = " or its mirror image" if flip else ""
-            common.say(f"{beside('nearest.png')}: each image, then the nearest of {args.nearest}"
-                       f"{mirrored}, and how far it is in grey levels")  # fmt: skip
+            what = f"the nearest of {args.nearest}" + " or its mirror image" * flip
+            common.say(f"{beside('nearest.png')}: each, {what}, how far it is in grey levels")
 
 
 if __name__ == "__main__":

@@ -199,15 +199,11 @@ def train_step(G, D, opt_d, opt_g, real, args, updates=UPDATES):
     z = torch.rand(len(real), args.z_dim, device=real.device) * 2 - 1
     stats = both(G, D, opt_d, opt_g, real, z)
     fake = stats.pop("fake")
-    extra_d, extra_g, bound = balance(
-        stats["loss_d"], stats["loss_g"],
-        lambda: again_d(D, opt_d, real, fake)["loss_d"],
-        lambda: again_g(G, D, opt_g, z)["loss_g"],
-        args,
-    )  # fmt: skip
+    extra_d = lambda: again_d(D, opt_d, real, fake)["loss_d"]
+    extra_g = lambda: again_g(G, D, opt_g, z)["loss_g"]
+    counts = balance(stats["loss_d"], stats["loss_g"], extra_d, extra_g, args)
     number = lambda value: torch.full((), float(value), device=real.device)  # waits for nothing
-    counts = {"extra_d": extra_d, "extra_g": extra_g, "bound": bound}
-    return stats | {name: number(count) for name, count in counts.items()}
+    return stats | dict(zip(("extra_d", "extra_g", "bound"), map(number, counts)))
 
 
 def imbalance(stats, args):

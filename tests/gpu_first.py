@@ -194,12 +194,12 @@ def row(name, tell, needs=4.0):
     longer fits, `needs` being seconds that it may take."""
     if time.monotonic() + needs > row.end:
         row.skipped += 1
-        return print(f"{name:<56} skipped: no time left", flush=True)
+        return print(f"{name:<60} skipped: no time left", flush=True)
     try:
         what = tell()
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    print(f"{name:<56} {what}", flush=True)
+    print(f"{name:<60} {what}", flush=True)
     torch.cuda.empty_cache()
 
 

@@ -6,6 +6,7 @@ Tests that need neither say so by running everywhere.
 """
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -271,6 +272,40 @@ def test_a_batch_of_another_size_has_a_graph_of_its_own(imgs):
     torch.testing.assert_close(net.weight, twin.weight)
 
 
+class Callable:
+    def __call__(self, net, opt, x, weight):
+        opt.zero_grad()
+        loss = weight * net(x).square().mean()
+        loss.backward()
+        opt.step()
+        return {"loss": loss.detach()}
+
+
+STEPS = {  # and whether a graph is made, or a line says why not
+    "an object": (functools.partial(Callable(), weight=2), False),
+    "any arguments": (lambda *given: Callable()(*given, 2), False),
+    "a function": (lambda net, opt, x: Callable()(net, opt, x, 2), True),
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_whatever_can_be_called_can_be_a_step(name, capsys):
+    function, recorded = STEPS[name]
+    device, before, weights = torch.device("cuda"), replays(), []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 1).to(device)
+        opt = torch.optim.SGD(net.parameters(), 0.1)
+        step = common.Recorded(function, device, types.SimpleNamespace(graph=graph))
+        for _ in range(8):
+            step(net, opt, torch.randn(3, 4, device=device))
+        weights.append(net.weight.detach())
+    torch.testing.assert_close(*weights)
+    assert ("WARNING: no CUDA graph" in capsys.readouterr().out) != recorded
+    assert not gpu_first.STANDIN or replays() - before == 5 * recorded
+
+
 @needs_gpu
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_gpu_too_small_for_the_images_trains_from_the_map_to_the_same_bits(
@@ -372,7 +407,7 @@ def test_the_first_minutes_on_a_card_as_one_command(monkeypatch):
     command = [sys.executable, *launcher, gpu_first.__file__, "--small", "--seconds=400"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = {line[:56].strip(): line[57:] for line in result.stdout.splitlines()}
+    rows = {line[:60].strip(): line[61:] for line in result.stdout.splitlines()}
     assert len(rows) > 30 and not [what for what in rows.values() if "Error" in what]
     steps = {name: what for name, what in rows.items() if name.startswith("a step of")}
     assert len(steps) == 8

@@ -131,8 +131,16 @@ def test_what_nohup_ignores_stays_ignored(imgs, monkeypatch):
     at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
     try:
         assert step_of(train_dcgan.train(**SMALL | {"epochs": 1})) == 3
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_after_a_run_all_signals_do_what_they_ever_did(imgs):
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    before = [signal.getsignal(number) for number in numbers]
+    train_dcgan.train(**SMALL | {"epochs": 1})
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_grid_that_was_cut_short_is_left_out_of_the_gif(imgs, capsys):
@@ -267,7 +275,8 @@ EMPTY = [
 @pytest.mark.parametrize("words", EMPTY, ids=lambda words: " ".join(words[1:]))
 def test_an_empty_word_is_one_line(words, imgs, monkeypatch, capsys):
     """As of "$UNSET"."""
-    call(monkeypatch, *words, code=2)
+    stop = [] if words[0] in (generate, fid) else ["--summary"]  # where it is taken, after all
+    call(monkeypatch, words[0], *stop, *words[1:], code=2)
     error = capsys.readouterr().err
     flag = [word for word in words[1:] if word][-1].rstrip("=")
     assert "the value is empty" in error and error.count("\n") == 1

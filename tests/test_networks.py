@@ -10,7 +10,7 @@ import common
 
 def test_ema_is_ramped_and_then_averages():
     G, G_ema = nn.Linear(1, 1), nn.Linear(1, 1)
-    for step, decay in ((0, 0.1), (1, 2 / 11), (100_000, 0.999)):
+    for step, decay in ((0, 1 / 40), (1, 2 / 41), (100_000, 0.999)):
         nn.init.constant_(G.weight, 3.0)
         nn.init.constant_(G_ema.weight, 1.0)
         common.update_ema(G_ema, G, step, 0.999)
