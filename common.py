@@ -1003,7 +1003,7 @@ def sync_grads(net):
     """Average the gradients of a network over all ranks; alone, nothing happens."""
     if WORLD_SIZE > 1:
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        mean = rank_mean(nn.utils.parameters_to_vector(grads))
+        mean = rank_mean(torch.cat([grad.flatten() for grad in grads]))
         for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
             grad.copy_(part.view(grad.shape))
 
