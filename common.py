@@ -191,8 +191,7 @@ def short_hash(content):
 
 
 def read_cache(cached, files, open_image, image_size):
-    """The array and notes of fill_cache; None where they do not fit, or a file that failed then
-    can be decoded now."""
+    """The array and notes of fill_cache, if they fit, and what failed then still fails; or None."""
     with contextlib.suppress(OSError, ValueError, EOFError, LookupError, TypeError):  # not whole
         images = np.load(cached, mmap_mode="r")
         notes = json.loads(cached.with_suffix(".json").read_text())
@@ -364,11 +363,9 @@ def draw_glyphs(image_size, channels=3, n=4800, seed=0):
     fonts = [ImageFont.load_default(side * share) for share in (0.7, 0.8, 0.9)]
     images, labels = [], []
     for _ in range(n):
-        mask, place = Image.new("L", (side, side)), side * rng.uniform(0.45, 0.55, 2)
+        mask, place = Image.new("L", (side, side)), tuple(side * rng.uniform(0.45, 0.55, 2))
         font, label = fonts[rng.integers(3)], rng.integers(len(GLYPHS))
-        ImageDraw.Draw(mask).text(
-            tuple(place), GLYPHS[label], 255, font, "mm", stroke_width=side // 40
-        )
+        ImageDraw.Draw(mask).text(place, GLYPHS[label], 255, font, "mm", stroke_width=side // 40)
         mask = mask.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
         mask = mask.resize((image_size, image_size), Image.Resampling.BOX)
         hue = rng.integers(360)
@@ -1174,8 +1171,8 @@ class Run:
         self.generator_args, self.latent, self.k, self.state = generator_args, latent, k, state
         draw_latents(latent, 1)  # refuses what it does not know
         batch_size = min(args.batch_size, len(images) // k // WORLD_SIZE * WORLD_SIZE)
-        if batch_size < (least := 2 * WORLD_SIZE):
-            need = f"{k * least}, {least} for each of its {k} updates of D"
+        if batch_size < 2 * WORLD_SIZE:
+            need = f"{2 * k * WORLD_SIZE}: 2, times k, times processes"
             raise UserError(f"{len(images)} images are too few: a step needs {need}")
         if batch_size < args.batch_size:
             say(f"batches of {batch_size}: there are only {len(images)} images")
@@ -1245,7 +1242,8 @@ class Run:
         args, path = self.args, self.folder / "checkpoint.pt"
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
         where = f"{self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
-        say(f"settings: {self.script}.py {shlex.join(words_of(settings_of(args), args.parser))}\n"
+        typed = {name: value for name, value in settings_of(args).items() if name in args.typed}
+        say(f"settings: {self.script}.py {shlex.join(words_of(typed, args.parser))}\n"
             f"{self.folder}: step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch\n"
             f"G has {counts[0]:,} parameters, D {counts[1]:,}, on {where}")  # fmt: skip
         self.marked = self.saved = time.monotonic()
