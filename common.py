@@ -1242,8 +1242,8 @@ class Run:
         args, path = self.args, self.folder / "checkpoint.pt"
         counts = [sum(p.numel() for p in self.state[name].parameters()) for name in ("G", "D")]
         where = f"{self.device}" + f", {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
-        typed = {name: value for name, value in settings_of(args).items() if name in args.typed}
-        say(f"settings: {self.script}.py {shlex.join(words_of(typed, args.parser))}\n"
+        own = {name: value for name, value in settings_of(args).items() if name in args.typed}
+        say(f"settings: {self.script}.py {shlex.join(words_of(own, args.parser))}\n"
             f"{self.folder}: step {self.step} to {self.steps}, {self.steps_per_epoch} an epoch\n"
             f"G has {counts[0]:,} parameters, D {counts[1]:,}, on {where}")  # fmt: skip
         self.marked = self.saved = time.monotonic()

@@ -157,9 +157,8 @@ def main():
         args = get_args(sys.argv[1:])
         source = args.load_path or common.newest_run()
         G, z = load_generator(source, common.choose_device(args.device))
-        if args.label is not None:
-            names = z.get("names") or [str(i) for i in range(z.get("classes", 0))]
-            (args.label,) = common.class_numbers([args.label], names)
+        names = z.get("names") or [str(i) for i in range(z.get("classes", 0))]
+        args.label = args.label and common.class_numbers([args.label], names)[0]
         side = args.grid_size or min(10, math.isqrt(args.img_num))
         images = sample(G, z, range(side * side), args.seed, args.label)
         if args.nearest:  # looked at before anything is written

@@ -159,8 +159,8 @@ def update_g(G, D, opt_g, z, fake=None):
     common.sync_grads(G)
     opt_g.step()
     D.requires_grad_(True)
-    answer = logits_fake.detach().sigmoid().mean()
-    return {"loss_g": common.rank_mean(loss_g.detach()), "d_fake_after": answer}
+    d_fake_after = logits_fake.detach().sigmoid().mean()
+    return {"loss_g": common.rank_mean(loss_g.detach()), "d_fake_after": d_fake_after}
 
 
 def update_both(G, D, opt_d, opt_g, real, z):

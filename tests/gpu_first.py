@@ -41,7 +41,7 @@ import train_fcgan
 STANDIN, HERE = sys.modules.get("standin_gpu"), str(Path(__file__).resolve())
 SETTINGS = {"dataset": "glyphs", "device": "cuda", "image_size": 64, "batch_size": 32, "width": 64}
 SCRIPTS = {  # with the flags of their rows; balanced without extra updates
-    train_dcgan: {},
+    train_dcgan: {"r1": 0.0},  # as for photographs
     train_fcgan: {"image_size": 28, "width": None, "batch_size": 128},
     train_balanced: {"margin": 1e9, "batch_size": 50, "width": 32},
 }
@@ -246,7 +246,7 @@ def trained(out, benchmark=True, **flags):
         return device
 
     epochs = max(1, round(BITS * SETTINGS["batch_size"] / IMAGES))
-    flags = SETTINGS | {"epochs": epochs, "sample_every": 10**6} | flags
+    flags = SETTINGS | SCRIPTS[train_dcgan] | {"epochs": epochs, "sample_every": 10**6} | flags
     with (
         mock.patch.multiple(common, setup=chosen, load_data=noise),
         contextlib.redirect_stdout(io.StringIO()),

@@ -163,11 +163,12 @@ def test_g_update_leaves_no_gradient_in_d():
         ("--path=imgs", 0, "normal"),
         ("--path=imgs --r1=0.1", 0.1, "xavier"),
         ("--dataset=mnist", 1, "xavier"),
+        ("--dataset=glyphs", 1, "xavier"),
         ("--dataset=mnist --r1=0", 0, "normal"),
         ("--dataset=mnist --init=normal", 1, "normal"),
     ],
 )
-def test_what_won_on_mnist_is_the_default_there(flags, r1, init):
+def test_what_won_on_digits_and_characters_is_the_default_there(flags, r1, init):
     args = get_args(flags.split())
     assert (args.r1, args.init) == (r1, init)
 

@@ -333,7 +333,7 @@ def test_files_of_strangers(imgs, monkeypatch, capsys):
             monkeypatch.setattr(sys, "argv", [script, *flags])
             try:
                 main()
-                # flipped bits of the archive's lists may do no harm; resuming needs a part of a file
+                # flipped bits of the archive's lists do no harm; resuming needs a part of a file
                 if change in flipped:
                     harmless += 1
                 else:
