@@ -1345,7 +1345,8 @@ class Run:
         minutes = "/".join(f"{time / 60:.{int(time < 600)}f}" for time in times)
         line = f"epoch {epoch}/{self.args.epochs}, {minutes} min, {speed:.0f}/s,"
         for name, mean in stats.items():
-            line += f" {name} {mean:.2f}" * (len(line) <= 72)  # of a terminal's 80 columns
+            part = f" {name} {mean:.2f}"
+            line += part * (len(line + part) < 80)  # a terminal's columns
         progress(line, last=self.step == self.steps or self.stopping)
 
     def append(self, row, steps):
