@@ -1343,7 +1343,7 @@ class Run:
             say(f'\nWARNING: D has won: {why}. See README, "When it does not work"')
         times = [now - self.started, (now - self.started) * self.steps / self.step]
         minutes = "/".join(f"{time / 60:.{int(time < 600)}f}" for time in times)
-        line = f"epoch {epoch}/{self.args.epochs}, {minutes} min, {speed:.0f}/s,"
+        line = f"epoch {epoch}/{self.args.epochs}, {minutes}min {speed:.0f}/s"
         for name, mean in stats.items():
             part = f" {name} {mean:.2f}"
             line += part * (len(line + part) < 80)  # a terminal's columns
