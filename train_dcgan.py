@@ -138,7 +138,7 @@ def init_weights(net, init):
             nn.init.normal_(layer.weight, 1.0, 0.02)
 
 
-TARGET, MOST, PACE = 0.6, 0.6, 50_000  # of `sure`; of p; images for p to go from 0 to 1
+TARGET, MOST, PACE = 0.75, 0.5, 50_000  # of `sure`; of p; images for p to go from 0 to 1
 SPREAD = 0.2  # of log2 of an image's size
 
 

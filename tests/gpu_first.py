@@ -41,7 +41,7 @@ import train_fcgan
 STANDIN, HERE = sys.modules.get("standin_gpu"), str(Path(__file__).resolve())
 SETTINGS = {"dataset": "glyphs", "device": "cuda", "image_size": 64, "batch_size": 32, "width": 64}
 SCRIPTS = {  # with the flags of their rows; balanced without extra updates
-    train_dcgan: {"r1": 0.0},  # as for photographs
+    train_dcgan: {"r1": 0.0, "lrd": 2e-4, "lrg": 2e-4},  # as for photographs
     train_fcgan: {"image_size": 28, "width": None, "batch_size": 128},
     train_balanced: {"margin": 1e9, "batch_size": 50, "width": 32},
 }
