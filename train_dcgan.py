@@ -11,10 +11,10 @@ G learns from D's gradient. Transposed convolutions in G, strided ones in D, Bat
 Unless typed: 50 epochs in batches of 32; drawn characters: 20 in batches of 16, rates of 2e-3. R1
 holds D for these and for MNIST.
 
-What to expect on two cores of an AMD EPYC: characters, most of them legible, in two to four minutes;
-from 12,000 photographs of cats at 64 pixels blurred faces after 48,000 images (15 minutes in float32),
-clear ones after 132,000 (40 minutes), fur and whiskers after 300,000 (92 minutes; 28 in bf16 and
-batches of 64). One NVIDIA H200 sees a million of them in 75 seconds.
+What to expect on two cores of an AMD EPYC: characters, most of them legible, in two to four
+minutes; from 12,000 photographs of cats at 64 pixels blurred faces after 48,000 images (15 minutes
+in float32), clear ones after 132,000 (40 minutes), fur and whiskers after 300,000 (92 minutes; 28
+in bf16 and batches of 64). One NVIDIA H200 sees a million of them in 75 seconds.
 """
 
 import itertools
