@@ -579,8 +579,9 @@ class Recorded:
 
     def warm_up(self, call, opts):
         """The step as it is, on the stream of the recording."""
-        for state in [state for opt in opts for state in opt.state.values() if "step" in state]:
-            state["step"] = state["step"].to(self.device)  # of a resumed run
+        for state in [state for opt in opts for state in opt.state.values()]:
+            if isinstance(state.get("step"), torch.Tensor):  # of a resumed run, on the CPU
+                state["step"] = state["step"].to(self.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             stats = self.step(*call.args, **call.kwargs)
