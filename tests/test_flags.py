@@ -5,9 +5,7 @@ after its flag; it trains tiny networks and looks at what the run made of the fl
 """
 
 import copy
-import itertools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +67,8 @@ class Training:
     def __init__(self, script, monkeypatch, capsys):
         self.script, self.monkeypatch, self.capsys = script, monkeypatch, capsys
         monkeypatch.setattr(common, "Run", FollowedRun)
+        for drawing in ("save_curves", "save_gif"):  # slow, and no flag changes them
+            monkeypatch.setattr(common, drawing, lambda *_, **__: None)
 
     def __call__(self, **flags):
         settings = SMALL | NETWORKS[self.script] | flags
