@@ -67,8 +67,9 @@ class Training:
     def __init__(self, script, monkeypatch, capsys):
         self.script, self.monkeypatch, self.capsys = script, monkeypatch, capsys
         monkeypatch.setattr(common, "Run", FollowedRun)
-        for drawing in ("save_curves", "save_gif"):  # slow, and no flag changes them
-            monkeypatch.setattr(common, drawing, lambda *_, **__: None)
+        monkeypatch.setattr(common, "CHUNK", 16)  # images of a grid: fewer are faster
+        for name in ("save_curves", "save_gif"):  # slow, and no flag changes them
+            monkeypatch.setattr(common, name, lambda *_, **__: None)
 
     def __call__(self, **flags):
         settings = SMALL | NETWORKS[self.script] | flags
