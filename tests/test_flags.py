@@ -5,7 +5,9 @@ after its flag; it trains tiny networks and looks at what the run made of the fl
 """
 
 import copy
+import inspect
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +80,8 @@ class Training:
 
 
 def flags_of(script):
-    required = ["a", "b"] if script is fid else ["--path=imgs"] if script is not generate else []
+    """The names of all flags of a script, but --help."""
+    required = {fid: ["reference", "candidate"], generate: []}.get(script, ["--path=imgs"])
     args = script.get_args(required)
     return [name for name in vars(args) if name not in ("parser", "classes")]
 
@@ -135,7 +138,7 @@ def write_colours(folder, *colours, n=12):
 
 
 def made_up_dataset(name, data_dir="data"):
-    """As train_fcgan.read_dataset: 10 images of each class; each has the grey level of its class."""
+    """As train_fcgan.read_dataset: 10 images of each class, whose number is their grey level."""
     size, channels = {"mnist": (28, 1), "cifar10": (32, 3)}[name]
     labels = np.repeat(np.arange(10), 10)
     images = np.broadcast_to(labels[:, None, None, None], (100, size, size, channels))
@@ -300,7 +303,7 @@ def check_summary(train):
     assert "Generator(" in out and "Discriminator(" in out and not Path("runs").exists()
 
 
-# --------------------------------------------------------------------------- networks and their step
+# ------------------------------------------------------------------------- networks and their step
 
 
 def check_z_dim(train):
@@ -517,3 +520,245 @@ FLAGS = [(script, flag) for script in TRAINING_SCRIPTS for flag in flags_of(scri
 def test_a_flag_of_a_training_script_reaches_what_it_sets(script, flag, imgs, monkeypatch, capsys):
     assert flag in CHECKS, f"no test follows --{flag} of {script.__name__}.py"
     CHECKS[flag](Training(script, monkeypatch, capsys))
+
+
+# ------------------------------------------------------------------------------------ generate.py
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs of two epochs each, "first" and "second", and their images."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_images(folder / "imgs", 24)
+    settings = SMALL | NETWORKS[train_dcgan] | {"path": folder / "imgs", "epochs": 2}
+    for seed, name in enumerate(("first", "second")):
+        train_dcgan.train(**settings, seed=seed, checkpoint=1, out=folder / name)
+    return folder
+
+
+class Drawing:
+    """Runs generate.py for a small run unless another is named."""
+
+    def __init__(self, trained, monkeypatch):
+        self.run, self.other, self.monkeypatch = trained / "first", trained / "second", monkeypatch
+
+    def __call__(self, **flags):
+        settings = {"load_path": self.run, "img_num": 2, "device": "cpu", "save_path": "drawn"}
+        words = [
+            f"--{name}={value}" for name, value in (settings | flags).items() if value is not True
+        ]
+        words += [f"--{name}" for name, value in flags.items() if value is True]
+        self.monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+        generate.main()
+
+    def expect(self, run, n, seed=0, folder="drawn"):
+        """The folder holds n images of a run with that seed, and no others."""
+        expected = generate.sample(*generate.load_generator(run), range(n), seed)
+        paths = sorted(Path(folder).glob("*.png"))
+        assert [path.name for path in paths] == [f"seed{seed}_{i:06d}.png" for i in range(n)]
+        for path, image in zip(paths, expected, strict=True):
+            assert np.array_equal(np.asarray(Image.open(path)), image)
+
+
+def draws_load_path(draw):
+    draw(load_path=draw.other)
+    draw.expect(draw.other, 2)
+    draw(load_path=draw.run / "generator_0001.pt", save_path="early")
+    draw.expect(draw.run / "generator_0001.pt", 2, folder="early")
+
+
+def draws_img_num(draw):
+    draw(img_num=5)
+    draw.expect(draw.run, 5)
+
+
+def draws_grid_size(draw):
+    draw(grid_size=3)
+    (path,) = Path().rglob("*grid*.png")
+    images = generate.sample(*generate.load_generator(draw.run), range(9))
+    common.save_grid(images, "expected.png", 3)
+    assert path.read_bytes() == Path("expected.png").read_bytes()
+
+
+def draws_save_path(draw):
+    draw(save_path="some/where")
+    draw.expect(draw.run, 2, folder="some/where")
+    assert not Path("generated").exists()
+
+
+def draws_seed(draw):
+    draw(seed=5)
+    draw.expect(draw.run, 2, seed=5)
+
+
+def draws_device(draw):
+    chosen = []
+    cpu = torch.device("cpu")
+    draw.monkeypatch.setattr(common, "choose_device", lambda name: chosen.append(name) or cpu)
+    draw(device="cuda:3")
+    assert chosen == ["cuda:3"]
+
+
+def draws_label(draw):
+    """A generator that is given five numbers of noise and one of three classes."""
+    content = common.load_checkpoint(draw.run)
+    z_spec = content["z"] | {"dim": 5, "classes": 3, "names": ["cats", "dogs", "owls"]}
+    torch.save(content | {"z": z_spec}, "classes.pt")
+    draw(load_path="classes.pt", label="dogs")
+    G, z_spec = generate.load_generator("classes.pt")
+    images = generate.sample(G, z_spec, range(2), label=1)
+    for i, image in enumerate(images):
+        assert np.array_equal(np.asarray(Image.open(f"drawn/seed0_00000{i}.png")), image)
+
+
+def draws_interpolate(draw):
+    draw()
+    assert not [*Path().rglob("*interpolation*")]
+    draw(interpolate=True)
+    (animation,) = Path().rglob("*interpolation*.gif")
+    assert Image.open(animation).n_frames > 20 and [*Path().rglob("*interpolation*.png")]
+
+
+def draws_nearest(draw):
+    write_colours("data", "red")
+    draw()
+    assert not [*Path().rglob("*nearest*")]
+    draw(nearest="data", grid_size=1)
+    (path,) = Path().rglob("*nearest*.png")
+    pixels = np.asarray(Image.open(path))
+    assert (pixels == [255, 0, 0]).all(2).sum() >= 16 * 16
+
+
+DRAWS = {name.removeprefix("draws_"): f for name, f in globals().items() if name[:6] == "draws_"}
+
+
+@pytest.mark.parametrize("flag", flags_of(generate))
+def test_a_flag_of_generate_reaches_what_it_sets(flag, trained, monkeypatch):
+    assert flag in DRAWS, f"no test follows --{flag} of generate.py"
+    DRAWS[flag](Drawing(trained, monkeypatch))
+
+
+# ----------------------------------------------------------------------------------------- fid.py
+
+
+class Measuring:
+    """Runs fid.py without its network, and notes what its parts are given, by name."""
+
+    def __init__(self, trained, monkeypatch):
+        self.run, self.monkeypatch = trained / "first", monkeypatch
+        self.networks, self.statistics = [], []
+        write_colours("data", "red", "blue")
+        self.note("load_inception", self.networks, lambda _: (nn.Identity(), "random"))
+        self.note("feature_stats", self.statistics, self.count)
+
+    def note(self, name, notes, result):
+        signature = inspect.signature(getattr(fid, name))
+
+        def noting(*args, **kwargs):
+            notes.append(signature.bind(*args, **kwargs).arguments)
+            return result(notes[-1])
+
+        self.monkeypatch.setattr(fid, name, noting)
+
+    def count(self, given):
+        given["images"] = [*given["images"]]
+        return np.zeros(8), np.eye(8), len(given["images"])
+
+    def __call__(self, *words, **flags):
+        words = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())]
+        self.monkeypatch.setattr(sys, "argv", ["fid.py", *words, "--device=cpu"])
+        fid.main()
+
+    def colours(self):
+        return [tuple(given["images"][0][0, 0]) for given in self.statistics]
+
+
+def measures_reference(measure):
+    measure("data/blue", "data/red")
+    assert measure.colours() == [(0, 0, 255), (255, 0, 0)]
+
+
+measures_candidate = measures_reference
+
+
+def measures_save_stats(measure):
+    measure("data/red", save_stats="red.npz")
+    stats = np.load("red.npz")
+    assert np.array_equal(stats["sigma"], np.eye(8)) and stats["n"] == 12
+
+
+def measures_all(measure):
+    measure("data/red", measure.run, "--all", img_num=4)
+    rows = (measure.run / "fid.csv").read_text().splitlines()
+    names = [row.split(",")[0] for row in rows]
+    assert names == ["snapshot", "generator_0001.pt", "generator_0002.pt"]
+
+
+def measures_img_num(measure):
+    measure("data/red", measure.run, img_num=7)
+    assert [len(given["images"]) for given in measure.statistics] == [12, 7]
+
+
+def measures_mode(measure):
+    for mode in ("legacy", "clean"):
+        measure.statistics.clear()
+        measure("data/red", "data/blue", mode=mode)
+        assert [given["mode"] for given in measure.statistics] == [mode, mode]
+
+
+def measures_features(measure):
+    for features in ("random", "inception"):
+        measure("data/red", "data/blue", features=features)
+        assert measure.networks[-1]["features"] == features
+
+
+def measures_weights(measure):
+    measure("data/red", "data/blue", weights="some.pth")
+    assert str(measure.networks[-1]["weights"]) == "some.pth"
+
+
+def measures_precision(measure):
+    for precision in ("fp32", "bf16"):
+        measure("data/red", "data/blue", precision=precision)
+        assert measure.networks[-1]["precision"] == precision
+
+
+def measures_batch_size(measure):
+    measure("data/red", "data/blue", batch_size=3)
+    assert [given["batch_size"] for given in measure.statistics] == [3, 3]
+
+
+def measures_device(measure):
+    chosen, device = [], torch.device("cpu", 0)
+    measure.monkeypatch.setattr(common, "choose_device", lambda x: chosen.append(x) or device)
+    measure("data/red", "data/blue")
+    assert chosen == ["cpu"] and measure.networks[-1]["device"] == device
+
+
+def measures_seed(measure):
+    measure("data/red", measure.run, img_num=3, seed=4)
+    expected = generate.sample(*generate.load_generator(measure.run), range(3), 4)
+    assert np.array_equal(np.stack(measure.statistics[1]["images"]), expected)
+
+
+def measures_data_dir(measure):
+    given = []
+
+    def noting(name, data_dir="data"):
+        given.append((name, data_dir))
+        return made_up_dataset(name)
+
+    measure.monkeypatch.setattr(fid, "read_dataset", noting)
+    measure("mnist", "data/red", data_dir="elsewhere")
+    assert given == [("mnist", "elsewhere")]
+
+
+MEASURES = {
+    name.removeprefix("measures_"): f for name, f in globals().items() if "measures_" in name
+}
+
+
+@pytest.mark.parametrize("flag", flags_of(fid))
+def test_a_flag_of_fid_reaches_what_it_sets(flag, trained, monkeypatch):
+    assert flag in MEASURES, f"no test follows {flag} of fid.py"
+    MEASURES[flag](Measuring(trained, monkeypatch))
