@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import CURVE_COLOURS, curve_rows, write_images
 from PIL import Image, ImageDraw
 
 import common
@@ -179,21 +179,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(script, net, value, imgs, mon
 
 # -------------------------------------------------------------------------------------- pictures
 
-FIRST_COLOURS = {"blue": (0x1F, 0x77, 0xB4), "red": (0xD6, 0x27, 0x28)}  # of the curves, in turn
-
-
-def heights(pixels, colour):
-    """For each column of an area the mean row of the pixels of one colour; nan where none is."""
-    mask = (pixels == colour).all(-1)
-    rows = np.arange(len(pixels))[:, None]
-    with np.errstate(invalid="ignore"):
-        return (mask * rows).sum(0) / mask.sum(0)
-
-
-def plotted(path, colour, panel=0, height=300, width=900):
-    """The heights of a curve of one panel, its captions left out; small is high up."""
-    pixels = np.asarray(Image.open(path).convert("RGB"))[panel * height : (panel + 1) * height]
-    return heights(pixels[40 : height - 45 + 2], colour)
+BLUE, RED, *_ = CURVE_COLOURS
 
 
 def test_curves_are_the_right_way_up_and_not_mirrored():
@@ -201,7 +187,7 @@ def test_curves_are_the_right_way_up_and_not_mirrored():
     x = np.arange(11)
     rising = [0.0] * 10 + [1.0]
     common.save_curves([("title", x, {"y": rising})], "curves.png", "x")
-    line = plotted("curves.png", FIRST_COLOURS["blue"])
+    line = curve_rows("curves.png", BLUE)
     (columns,) = np.nonzero(np.isfinite(line))
     first, last = columns[0], columns[-1]
     assert last - first > 500  # as wide as the panel, about
@@ -216,14 +202,14 @@ def test_each_curve_has_its_values_its_colour_and_its_place():
     panels = [("above", x, {"a": [0, 1, 2, 3, 4], "b": [4, 3, 2, 1, 0]})]
     panels += [("below", x, {"c": [1, 0, 0, 0, 0]})]
     common.save_curves(panels, "curves.png", "x")
-    blue, red = (plotted("curves.png", colour) for colour in FIRST_COLOURS.values())
+    blue, red = (curve_rows("curves.png", colour) for colour in (BLUE, RED))
     columns = np.nonzero(np.isfinite(blue) & np.isfinite(red))[0]
     left, right = columns[len(columns) // 8], columns[-len(columns) // 8]
     assert blue[left] > red[left] + 50 and red[right] > blue[right] + 50
-    below = plotted("curves.png", FIRST_COLOURS["blue"], panel=1)
+    below = curve_rows("curves.png", BLUE, panel=1)
     (columns,) = np.nonzero(np.isfinite(below))
     assert below[columns[0] + 5] < below[columns[-1] - 5] - 50  # falls
-    assert np.isnan(plotted("curves.png", FIRST_COLOURS["red"], panel=1)).all()
+    assert np.isnan(curve_rows("curves.png", RED, panel=1)).all()
 
 
 def test_the_scales_of_curves_grow_upwards_and_to_the_right(monkeypatch):
@@ -242,23 +228,17 @@ def test_the_scales_of_curves_grow_upwards_and_to_the_right(monkeypatch):
     assert {"title", "curve", "kimg"} < {string for *_, string in texts}
 
 
-def test_the_curves_of_a_run_are_the_columns_of_its_rows(many, monkeypatch):
-    calls, drawn, draw = [], [], common.save_curves
+def test_the_curves_of_a_run_are_the_columns_of_its_rows(many, drawn_panels, monkeypatch):
+    calls = []
     monkeypatch.setattr(train_dcgan, "train_step", lambda *_: counting_step(calls=calls))
-
-    def noting(panels, *how):
-        drawn.extend(panels)
-        draw(panels, *how)
-
-    monkeypatch.setattr(common, "save_curves", noting)
     run = train_dcgan.train(**many)
     rows = read(run)
-    ((title, x, curves),) = drawn
+    ((title, x, curves),) = drawn_panels
     assert title == "loss" and x == pytest.approx([row["kimg"] for row in rows])
     assert [*curves] == ["loss_d", "loss_g"]
     for name, values in curves.items():
         assert values == pytest.approx([row[name] for row in rows])
-    line = plotted(run / "losses.png", FIRST_COLOURS["red"])  # loss_g rises from step to step
+    line = curve_rows(run / "losses.png", RED)  # loss_g rises from step to step
     line = line[np.isfinite(line)]
     assert line[0] - line[-1] > 150 and (np.diff(line) <= 0.5).all()
 
