@@ -160,9 +160,6 @@ def check_label(train):
     write_colours("data", "red", "green", "blue")
     run = train(path="data", label=["red", "blue"])
     assert len(run.training_images) == 24 and (run.training_images[..., 1] == 0).all()
-    run = train(path="data", label=["blue"])
-    assert len(run.training_images) == 12 and (run.training_images == [0, 0, 255]).all()
-    assert len(train(path="data").training_images) == 36
     if train.script is train_fcgan:
         train.monkeypatch.setattr(train_fcgan, "read_dataset", made_up_dataset)
         run = train(path=None, label=["7"])
@@ -197,27 +194,24 @@ def check_flip(train):
 
 
 def check_epochs(train):
-    for epochs in (1, 3):
-        run = train(epochs=epochs)
-        assert run.epoch == epochs and len(run.step_stats) == 3 * epochs
-        assert common.load_checkpoint(run.folder)["step"] == 3 * epochs
+    run = train(epochs=3)  # of three steps each
+    assert run.epoch == 3 and len(run.step_stats) == 9
+    assert common.load_checkpoint(run.folder)["step"] == 9
 
 
 def check_batch_size(train):
-    for batch_size in (4, 12):
-        run = train(batch_size=batch_size)
-        assert [len(real) for real in run.real_batches] == (24 // batch_size) * [batch_size]
+    run = train(batch_size=12)
+    assert [len(real) for real in run.real_batches] == [12, 12]
 
 
 def check_ema(train):
     """After one step G_ema is the mean of the first G and of G after it, by the decay."""
-    for decay in (0.0, 0.01):
-        run = train(**ONE_STEP, ema=decay)
-        before, after = weights(run.first_nets["G"]), weights(run.state["G"])
-        expected = decay * before + (1 - decay) * after
-        assert (before - after).abs().median() > 1e-3
-        torch.testing.assert_close(weights(run.state["G_ema"]), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(weights(saved_generator(run)), expected, rtol=0, atol=1e-6)
+    run = train(**ONE_STEP, ema=0.01)
+    before, after = weights(run.first_nets["G"]), weights(run.state["G"])
+    expected = 0.01 * before + 0.99 * after
+    assert (before - after).abs().median() > 1e-3
+    torch.testing.assert_close(weights(run.state["G_ema"]), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights(saved_generator(run)), expected, rtol=0, atol=1e-6)
 
 
 def check_seed(train):
@@ -307,31 +301,27 @@ def check_summary(train):
 
 
 def check_z_dim(train):
-    for z_dim in (5, 9):
-        run = train(z_dim=z_dim)
-        assert run.z_spec["dim"] == z_dim == generate.load_generator(run.folder)[1]["dim"]
-        assert modules(run.state["G"], nn.Linear)[0].in_features == z_dim
+    run = train(z_dim=5)
+    assert run.z_spec["dim"] == 5 == generate.load_generator(run.folder)[1]["dim"]
+    assert modules(run.state["G"], nn.Linear)[0].in_features == 5
 
 
 def check_width(train):
-    for width in (3, 5):
-        run, kind = train(width=width, image_size=32), nn.Conv2d | nn.ConvTranspose2d
-        inputs = [layer.in_channels for layer in modules(run.state["G"], kind)]
-        assert inputs == [4 * width, 2 * width, width]
-        outputs = [layer.out_channels for layer in modules(run.state["D"], kind)]
-        assert outputs == [width, 2 * width, 4 * width, 1]
+    run, kind = train(width=5, image_size=32), nn.Conv2d | nn.ConvTranspose2d
+    inputs = [layer.in_channels for layer in modules(run.state["G"], kind)]
+    assert inputs == [20, 10, 5]
+    outputs = [layer.out_channels for layer in modules(run.state["D"], kind)]
+    assert outputs == [5, 10, 20, 1]
 
 
 def check_hidden_g(train):
-    for text, widths in (("7", [7]), ("9,5,7", [9, 5, 7])):
-        layers = modules(saved_generator(train(hidden_g=text)), nn.Linear)
-        assert [layer.out_features for layer in layers] == [*widths, 3 * 16 * 16]
+    layers = modules(saved_generator(train(hidden_g="9,5,7")), nn.Linear)
+    assert [layer.out_features for layer in layers] == [9, 5, 7, 3 * 16 * 16]
 
 
 def check_hidden_d(train):
-    for text, widths in (("7", [7]), ("9,5,7", [9, 5, 7])):
-        layers = modules(train(hidden_d=text).state["D"], nn.Linear)
-        assert [layer.out_features for layer in layers] == [*widths, 1]
+    layers = modules(train(hidden_d="9,5,7").state["D"], nn.Linear)
+    assert [layer.out_features for layer in layers] == [9, 5, 7, 1]
 
 
 def follow_rate(train, flag, optimizer, net):
@@ -353,18 +343,15 @@ def check_lrg(train):
 
 
 def check_beta1(train):
-    for beta1 in (0.25, 0.75):
-        run = train(beta1=beta1)
-        for name in ("opt_d", "opt_g"):
-            assert run.state[name].param_groups[0]["betas"] == (beta1, 0.999)
+    run = train(beta1=0.75)
+    for name in ("opt_d", "opt_g"):
+        assert run.state[name].param_groups[0]["betas"] == (0.75, 0.999)
 
 
 def check_k(train):
-    for k in (1, 3):
-        run = train(k=k)
-        steps = 24 // (8 * k)
-        assert [len(real) for real in run.real_batches] == steps * [8 * k]
-        assert num_updates(run, "opt_d") == steps * k and num_updates(run, "opt_g") == steps
+    run = train(k=3, batch_size=4)
+    assert [len(real) for real in run.real_batches] == [12, 12]
+    assert num_updates(run, "opt_d") == 6 and num_updates(run, "opt_g") == 2
 
 
 def check_one_sided(train):
@@ -395,10 +382,9 @@ def check_r1(train):
 
 
 def check_lr_decay(train):
-    for decay in (1.0, 0.5):
-        run = train(lr_decay=decay, epochs=3, lrd=0.004, lrg=0.008)
-        assert lr_of(run, "opt_d") == pytest.approx(0.004 * decay**2)
-        assert lr_of(run, "opt_g") == pytest.approx(0.008 * decay**2)
+    run = train(lr_decay=0.5, epochs=3, lrd=0.004, lrg=0.008)
+    assert lr_of(run, "opt_d") == pytest.approx(0.001)
+    assert lr_of(run, "opt_g") == pytest.approx(0.002)
 
 
 def check_augment(train):
@@ -420,18 +406,16 @@ def check_norm(train):
 
 
 def check_alpha(train):
-    for alpha in (0.05, 0.3):
-        run = train(alpha=alpha)
-        assert slopes(run.state["D"]) == {alpha}
-        slope_g = 0.0 if train.script is train_dcgan else alpha
-        assert slopes(run.state["G"]) == slopes(saved_generator(run)) == {slope_g}
+    run = train(alpha=0.3)
+    assert slopes(run.state["D"]) == {0.3}
+    slope_g = 0.0 if train.script is train_dcgan else 0.3
+    assert slopes(run.state["G"]) == slopes(saved_generator(run)) == {slope_g}
 
 
 def check_alpha_g(train):
-    for alpha in (0.05, 0.3):
-        run = train(alpha_g=alpha)
-        assert slopes(run.state["G"]) == slopes(saved_generator(run)) == {alpha}
-        assert slopes(run.state["D"]) == {0.2}
+    run = train(alpha_g=0.3)
+    assert slopes(run.state["G"]) == slopes(saved_generator(run)) == {0.3}
+    assert slopes(run.state["D"]) == {0.2}
 
 
 def check_init(train):
