@@ -69,7 +69,7 @@ class Training:
     def __init__(self, script, monkeypatch, capsys):
         self.script, self.monkeypatch, self.capsys = script, monkeypatch, capsys
         monkeypatch.setattr(common, "Run", FollowedRun)
-        monkeypatch.setattr(common, "CHUNK", 16)  # images of a grid: fewer are faster
+        monkeypatch.setattr(common, "GRID_IMAGES", 16)  # images of a grid: fewer are faster
         for name in ("save_curves", "save_gif"):  # slow, and no flag changes them
             monkeypatch.setattr(common, name, lambda *_, **__: None)
 
@@ -83,7 +83,7 @@ def flags_of(script):
     """The names of all flags of a script, but --help."""
     required = {fid: ["reference", "candidate"], generate: []}.get(script, ["--path=imgs"])
     args = script.get_args(required)
-    return [name for name in vars(args) if name not in ("parser", "classes")]
+    return [name for name in vars(args) if name not in ("parser", "class_names")]
 
 
 # ------------------------------------------------------------------------------------- utilities
@@ -253,7 +253,7 @@ def check_graph(train):
         given.clear()
         train(graph=graph)
         steps = [recorder(step, torch.device("cuda", 0), args) for step, _, args in given]
-        assert len(steps) > 0 and {step.enabled for step in steps} == {graph}
+        assert len(steps) > 0 and {step.is_enabled for step in steps} == {graph}
 
 
 def check_checkpoint(train):
@@ -289,12 +289,6 @@ def check_tensorboard(train):
     pytest.importorskip("tensorboard", reason="an optional package")
     assert file_names(train(tensorboard=True), "events.out.tfevents.*")
     assert not file_names(train(), "events.out.tfevents.*")
-
-
-def check_summary(train):
-    train.script.train(**SMALL | NETWORKS[train.script] | {"summary": True})
-    out = train.capsys.readouterr().out
-    assert "Generator(" in out and "Discriminator(" in out and not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------- networks and their step
@@ -586,7 +580,7 @@ def draws_device(draw):
 def draws_label(draw):
     """A generator that is given five numbers of noise and one of three classes."""
     content = common.load_checkpoint(draw.run)
-    z_spec = content["z"] | {"dim": 5, "classes": 3, "names": ["cats", "dogs", "owls"]}
+    z_spec = content["z"] | {"dim": 5, "class_names": 3, "names": ["cats", "dogs", "owls"]}
     torch.save(content | {"z": z_spec}, "classes.pt")
     draw(load_path="classes.pt", label="dogs")
     G, z_spec = generate.load_generator("classes.pt")
