@@ -270,14 +270,18 @@ def test_an_animation_loops_for_ever_and_has_its_frames_in_order():
 
 def test_the_animation_of_a_run_shows_its_grids_in_order(imgs, monkeypatch):
     """The generator's images are replaced by planes of the grey level 40 times the epoch."""
-    levels, save = [], common.save_grid
+    save_samples, generate_images = common.Run.save_samples, common.generate_images
+    epochs = []
 
-    def grey_grid(images, path, *how):
-        level = 40 * int(path.stem.removeprefix("epoch_")) if "epoch_" in path.stem else 7
-        levels.append(level)
-        save(np.full_like(images, level), path, *how)
+    def noted(run, grid):
+        epochs.append(run.epoch)
+        save_samples(run, grid)
 
-    monkeypatch.setattr(common, "save_grid", grey_grid)
+    def grey(G, z):
+        return np.full_like(generate_images(G, z), 40 * epochs[-1])
+
+    monkeypatch.setattr(common.Run, "save_samples", noted)
+    monkeypatch.setattr(common, "generate_images", grey)
     run = train_dcgan.train(**SMALL | {"epochs": 5}, sample_every=1)
     with Image.open(run / "training.gif") as animation:
         assert animation.info["loop"] == 0 and animation.n_frames == 6

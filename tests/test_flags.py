@@ -162,7 +162,7 @@ def check_label(train):
     assert len(run.training_images) == 24 and (run.training_images[..., 1] == 0).all()
     if train.script is train_fcgan:
         train.monkeypatch.setattr(train_fcgan, "read_dataset", made_up_dataset)
-        run = train(path=None, label=["7"])
+        run = train(path=None, image_size=None, label=["7"])
         assert run.training_images.shape == (10, 28, 28, 1) and (run.training_images == 7).all()
 
 
@@ -296,7 +296,7 @@ def check_tensorboard(train):
 
 def check_z_dim(train):
     run = train(z_dim=5)
-    assert run.z_spec["dim"] == 5 == generate.load_generator(run.folder)[1]["dim"]
+    assert run.header["z"]["dim"] == 5 == generate.load_generator(run.folder)[1]["dim"]
     assert modules(run.state["G"], nn.Linear)[0].in_features == 5
 
 
@@ -438,7 +438,7 @@ def check_dropout(train):
 def check_dataset(train):
     train.monkeypatch.setattr(train_fcgan, "read_dataset", made_up_dataset)
     for name, shape in (("mnist", (100, 28, 28, 1)), ("cifar10", (100, 32, 32, 3))):
-        run = train(path=None, dataset=name)
+        run = train(path=None, image_size=None, dataset=name)
         assert run.training_images.shape == shape and run.folder == Path(f"runs/fcgan-{name}")
     assert train(path="imgs", dataset="mnist").training_images.shape == (24, 16, 16, 3)
 
@@ -451,7 +451,7 @@ def check_data_dir(train):
         return made_up_dataset(name)
 
     train.monkeypatch.setattr(train_fcgan, "read_dataset", noting)
-    train(path=None, data_dir="elsewhere"), train(path=None)
+    train(path=None, image_size=None, data_dir="elsewhere"), train(path=None, image_size=None)
     assert given == ["elsewhere", "data"]
 
 
@@ -580,7 +580,7 @@ def draws_device(draw):
 def draws_label(draw):
     """A generator that is given five numbers of noise and one of three classes."""
     content = common.load_checkpoint(draw.run)
-    z_spec = content["z"] | {"dim": 5, "class_names": 3, "names": ["cats", "dogs", "owls"]}
+    z_spec = content["z"] | {"dim": 5, "classes": 3, "names": ["cats", "dogs", "owls"]}
     torch.save(content | {"z": z_spec}, "classes.pt")
     draw(load_path="classes.pt", label="dogs")
     G, z_spec = generate.load_generator("classes.pt")
