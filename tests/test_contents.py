@@ -212,14 +212,26 @@ def test_each_curve_has_its_values_its_colour_and_its_place():
     assert np.isnan(curve_rows("curves.png", RED, panel=1)).all()
 
 
-def test_the_scales_of_curves_grow_upwards_and_to_the_right(monkeypatch):
-    texts, text = [], ImageDraw.ImageDraw.text
+@pytest.fixture
+def texts(monkeypatch):
+    """What is written into pictures: [(x, y, text), ...]."""
+    noted, text = [], ImageDraw.ImageDraw.text
 
     def noting(draw, xy, string, *args, **kwargs):
-        texts.append((*xy, string))
+        noted.append((*xy, string))
         return text(draw, xy, string, *args, **kwargs)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noting)
+    return noted
+
+
+def test_the_scale_of_a_constant_has_different_ticks(texts):
+    common.save_curves([("p", [10, 20], {"p": [0, 0]})], "curves.png", "kimg")
+    ticks = [string for x, _, string in texts if x < 70]
+    assert ticks == ["0", "0.25", "0.5", "0.75", "1"]
+
+
+def test_the_scales_of_curves_grow_upwards_and_to_the_right(texts):
     common.save_curves([("title", [10, 20], {"curve": [100, 500]})], "curves.png", "kimg")
     on_y = sorted((y, float(s)) for x, y, s in texts if s in ("100", "200", "300", "400", "500"))
     assert [value for _, value in on_y] == [500, 400, 300, 200, 100]  # from the top

@@ -287,6 +287,13 @@ def test_out_is_a_folder_without_a_run_and_not_that_of_the_images(imgs):
         train(path="imgs", out="imgs")
 
 
+def test_out_and_resume_need_the_checkpoint_only(imgs, capsys):
+    run = train(path="imgs", out="run", epochs=1)
+    (run / "flags.txt").unlink()
+    assert train(path="imgs", out="run", resume=True, epochs=2) == run
+    assert "epoch 1 to 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["a link to nowhere", "a file"])
 def test_a_runs_that_is_no_folder_is_one_line(what, imgs):
     if what == "a file":
