@@ -392,11 +392,16 @@ def check_augment(train):
 
 
 def check_norm(train):
-    for norm, expected in (("batch", 2), ("none", 0)):
+    is_dcgan = train.script is train_dcgan
+    modulated = [("modulated", 2)] if is_dcgan else []
+    for norm, expected in (("batch", 2), ("none", 0), *modulated):
         run, kind = train(norm=norm), nn.BatchNorm1d | nn.BatchNorm2d
         assert len(modules(saved_generator(run), kind)) == expected
         num_d = len(modules(run.state["D"], kind))
-        assert num_d == (expected // 2 if train.script is train_dcgan else 0)
+        assert num_d == (expected // 2 if is_dcgan else 0)
+        if is_dcgan:
+            for G in (saved_generator(run), run.state["G"]):
+                assert (G.modulate is not None) == (norm == "modulated")
 
 
 def check_alpha(train):
